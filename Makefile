@@ -1,0 +1,51 @@
+# Needs Python 3.11 or newer and make, nothing else. Another interpreter: make setup PYTHON=/path/to/python
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test test-slow format bench clean
+
+help:  ## List the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
+
+setup: $(STAMP)  ## Create .venv with everything that is needed
+
+# An existing .venv is kept, unless it is half made and has no pip.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or give PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; \
+		exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lint: $(STAMP)  ## Check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(STAMP)  ## Check types
+	$(BIN)/mypy treelora_ray tests benchmarks
+
+test: lint types  ## Lint, types and the fast tests, with 95% branch coverage of treelora_ray/core
+	$(BIN)/pytest --cov=treelora_ray --cov-report=term-missing:skip-covered
+	$(BIN)/coverage report --include='treelora_ray/core/*' --skip-covered --fail-under=95
+
+# pytest exits with 5 when it collects no test, which is no failure here.
+test-slow: $(STAMP)  ## The slow tests
+	@$(BIN)/pytest -m slow || { code=$$?; test $$code -eq 5 || exit $$code; echo "There are no slow tests."; }
+
+format: $(STAMP)  ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(STAMP)  ## Run the benchmarks
+	$(BIN)/python benchmarks/guide.py
+	$(BIN)/python benchmarks/families.py
+
+clean:  ## Remove caches and build files; keep .venv and the results of runs and benchmarks
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov
+	find treelora_ray tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,104 @@
+"""What a guide hands out and keeps of the task in progress, and how that is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treelora_ray.core.bandit import NOTHING, Search
+from treelora_ray.core.layout import FloatArray, IntArray
+from treelora_ray.core.merge import Merge
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What each layer leans on: `task` [L] (-1: nothing), its distance [L], and whether it is kin [L]."""
+
+    task: IntArray
+    distance: FloatArray
+    related: NDArray[np.bool_]
+
+    @property
+    def warm(self) -> IntArray:
+        """[L] the related task of each layer, -1 where it starts fresh and is not pulled."""
+        return np.where(self.related, self.task, NOTHING)
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """A stored task's number, the adapter slot it takes, and the merge that then keeps the budget."""
+
+    task: int
+    slot: int
+    merge: Merge | None
+
+    def to_json(self) -> dict[str, Any]:
+        merge = None if self.merge is None else [self.merge.kept, self.merge.dropped, *self.merge.weights]
+        return {"task": self.task, "slot": self.slot, "merge": merge}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Inserted:
+        merge = None
+        if data["merge"] is not None:
+            kept, dropped, one, other = data["merge"]
+            merge = Merge(kept, dropped, (one, other))
+        return cls(data["task"], data["slot"], merge)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a guide knows, as plain tensors and JSON."""
+
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+
+
+@dataclass
+class Current:
+    """The task in progress."""
+
+    name: str
+    attempt: int
+    search: Search | None
+    exact: bool  # few enough tasks that every probe round compares with all of them
+    gradient: Tensor  # sum of the probe gradients, [total]
+    rounds: int = 0
+    step: int = -1  # last step observed
+    seen: int = 0  # checksum of what it brought
+    offered: tuple[int, IntArray] | None = None  # (step, arms) of the last select
+    choice: Choice | None = None
+    history: list[IntArray] = field(default_factory=list)  # per round, the tasks compared with
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {key: getattr(self, key) for key in ("name", "attempt", "rounds", "step", "seen")}
+        offered = None if self.offered is None else self.offered[0]
+        history = [tasks.tolist() for tasks in self.history]
+        return {**plain, "offered": offered, "history": history, "committed": self.choice is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {"current.gradient": self.gradient.clone()}
+        if self.search is not None:
+            tensors |= {f"search.{key}": value for key, value in self.search.tensors().items()}
+        arrays = {} if self.offered is None else {"arms": self.offered[1]}
+        if self.choice is not None:
+            arrays |= {key: getattr(self.choice, key) for key in ("task", "distance", "related")}
+        return tensors | {f"current.{key}": torch.from_numpy(value.copy()) for key, value in arrays.items()}
+
+    def load(self, data: Mapping[str, Any], own: Mapping[str, Tensor], search: Mapping[str, Tensor]) -> None:
+        """Becomes what `to_json` and `tensors` wrote; name, attempt and the kind of search are set already."""
+        self.rounds, self.step, self.seen = data["rounds"], data["step"], data["seen"]
+        self.gradient = own["gradient"].clone()
+        self.history = [np.array(tasks, np.int64) for tasks in data["history"]]
+        arrays = {key: value.numpy().copy() for key, value in own.items()}
+        if self.search is not None:
+            self.search.load(search)
+        if data["offered"] is not None:
+            self.offered = data["offered"], arrays["arms"]
+        if data["committed"]:
+            self.choice = Choice(arrays["task"], arrays["distance"], arrays["related"])

@@ -201,8 +201,9 @@ class PooledTreeLCB(Search):
         while (group := self.tree.task[at] < 0).any():
             best = np.where(group, below.ids[np.where(group, below.start[at], 0)], at)
             for k in range(1, int(below.count[at].max())):
-                other = below.ids[np.where(k < below.count[at], below.start[at] + k, below.start[at])]
-                better = group & (bounds[self.lines, other] < bounds[self.lines, best])
+                has = k < below.count[at]
+                other = below.ids[np.where(has, below.start[at] + k, 0)]
+                better = has & (bounds[self.lines, other] < bounds[self.lines, best])
                 best = np.where(better, other, best)
             at = best
         task = self.tree.task[at]

@@ -51,6 +51,8 @@ class GuideConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise SettingError(f"setting {name!r} is unknown{hint}")
+        if mode == "released":  # RELEASED holds a placeholder, there is no default
+            changes = {"steps_per_epoch": None, **changes}
         return replace(MODES[mode], **changes)
 
     def __post_init__(self) -> None:
@@ -75,11 +77,12 @@ class GuideConfig:
         wrong += [
             f"{name} is {getattr(self, name)!r}; it must be a whole number from {low} up"
             for name, low in least.items()
-            if (value := getattr(self, name)) is not None and (not isinstance(value, int) or value < low)
+            if (value := getattr(self, name)) is not None or name not in ("budget", "sketch_dim", "steps_per_epoch")
+            if not isinstance(value, int) or value < low
         ]
-        if not 0 <= self.lcb_c < float("inf"):
+        if not isinstance(self.lcb_c, int | float) or not 0 <= self.lcb_c < float("inf"):
             wrong.append(f"lcb_c is {self.lcb_c!r}; it must be a number from 0 up")
-        if not 0 <= self.gate < 1:
+        if not isinstance(self.gate, int | float) or not 0 <= self.gate < 1:
             wrong.append(f"gate is {self.gate!r}; it must lie in [0, 1)")
         if self.sketch_dim is not None and self.distance == "l1":
             wrong.append("sketch_dim is set, but a sketch does not keep l1: use distance cosine, or sketch_dim=None")
@@ -90,8 +93,12 @@ class GuideConfig:
                 f"signature is {self.signature!r}, but a probe measures gradients at the anchor: "
                 "use signature anchor, or observe step or query"
             )
-        if self.mode == "released" and self.observe != "step":
-            wrong.append(f"observe is {self.observe!r}; the released mode exchanges at every step: use step")
+        if self.mode != "treelora" and self.observe == "probe":
+            wrong.append(
+                f"observe is 'probe'; mode {self.mode} exchanges at every step: GuideConfig.of({self.mode!r}) sets it"
+            )
+        if self.mode == "released" and self.observe == "query":
+            wrong.append("observe is 'query'; the released mode exchanges at every step: use step")
         if wrong:
             raise SettingError("guide settings:\n  " + "\n  ".join(wrong))
 

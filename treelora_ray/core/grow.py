@@ -8,7 +8,7 @@ distance to the mean. `kd-inner` is what the released code does: the median inne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -67,33 +67,37 @@ def _leaves(clusters: list[int], left: IntArray, right: IntArray, tasks: int) ->
 
 
 def insert_by_linkage(tree: Tree, task: int, row: FloatArray, method: Linkage, depth: int) -> Tree:
-    """Descends to the nearest branch; `row` [N] holds the task's distances to the tasks before it.
+    """Joins the nearest branch; `row` [N] holds the task's distances to the tasks before it.
 
-    A task further from a group than the group is wide stands beside it; else the nearest child decides.
+    Climbs from the nearest task while the newcomer is further from a branch than the branch's group is
+    wide, and stands beside the last branch. A descent by mean distances would start where groups are
+    largest, and there a few kin among thousands hardly move the mean.
     """
     if len(tree.order) == 1:
         return Tree.of_tasks([int(tree.order[0]), task], float(row[tree.order[0]]))
     by_order = row[tree.order]
-    sums = np.concatenate([[0.0], np.cumsum(by_order)])
 
     def distance(node: int) -> float:
-        first, size = int(tree.first[node]), int(tree.size[node])
-        if method == "complete":
-            return float(by_order[first : first + size].max())
-        return float(sums[first + size] - sums[first]) / size
+        members = by_order[tree.first[node] : tree.first[node] + tree.size[node]]
+        return float(members.max() if method == "complete" else members.mean())
 
-    node = 0
-    while True:
-        away = distance(node)
-        if tree.task[node] >= 0 or away >= tree.height[node]:
-            break
-        below = tree.children[node]
-        node = int(below[np.argmin([distance(int(child)) for child in below])])
+    nearest = int(row.argmin())
+    node = tree.node(nearest)
+    away = distance(node)
+    while (parent := int(tree.parent[node])) >= 0 and away > tree.height[parent]:
+        node, away = parent, distance(parent)
     part = tree.subtree(node)
     if int(tree.depth[node]) + part.max_depth + 1 <= depth:
-        return tree.replace(node, part.join(Tree.from_nodes([(-1, task, 0.0)]), away))
-    holder = max(0, int(tree.parent[node]))  # no room for one more group: one more child of the group above
-    return tree.replace(holder, tree.subtree(holder).adopt(task))
+        height = max(away, float(tree.height[node]))
+        grown = tree.replace(node, part.join(Tree.from_nodes([(-1, task, 0.0)]), height))
+    else:  # no room for one more group: one more child of the group above
+        holder = max(0, int(tree.parent[node]))
+        grown = tree.replace(holder, tree.subtree(holder).adopt(task))
+        grown.height[holder] = max(grown.height[holder], away)
+    if method == "complete":  # the groups above stay pairwise within their heights
+        above = [group for group in tree.path(nearest) if group < node]
+        grown.height[above] = np.maximum(grown.height[above], [distance(group) for group in above])
+    return grown
 
 
 # -- K-D
@@ -160,14 +164,14 @@ def insert_by_descent(tree: Tree, task: int, rows: LevelRows, kind: TreeKind, de
 
 REBUILD_BELOW = 512  # up to so many tasks a rebuild costs milliseconds: `auto` rebuilds each time
 GROWTH = 0.25  # `auto` rebuilds when so large a share of the tasks came by insertion
-STRAIN = 1.5  # ... or when inserted tasks sit so much looser than those of the last build
+STRAIN = 1.25  # ... or when inserted tasks sit so many times looser than those of the last build
 
 
 class TreeKeeper:
     """The tree over a store's tasks: inserts each new one, and rebuilds when that has gone bad.
 
-    How loose a task sits is the height of its group less the distance to its nearest task: linkage
-    would have merged the two at about that distance. K-D trees have no such measure; they rebuild by growth.
+    How loose a task sits is the height of its group over the distance to its nearest task: linkage would
+    have merged the two at about that distance. K-D trees have no such measure; they rebuild by growth.
     """
 
     def __init__(
@@ -200,7 +204,7 @@ class TreeKeeper:
             self.tree = insert_by_linkage(self.tree, task, row, self.linkage, self.depth)
             self.strain += self._looseness(np.array([task]))
             inserted = task + 1 - self.built
-            strained = self.strain / inserted > STRAIN * self.looseness + 1e-3
+            strained = self.strain / inserted > STRAIN * self.looseness
         else:
             self.tree = insert_by_descent(self.tree, task, self._level_rows, self.kind, self.depth)
             strained = False
@@ -218,16 +222,15 @@ class TreeKeeper:
         self.built, self.strain = n, 0.0
         self.looseness = self._looseness(np.arange(n)) if n > 1 else 0.0
 
-    def refresh_nearest(self) -> None:
-        """After signatures were replaced: distances anew, and the tree with them."""
-        rows = [self.store.pair_row(task) for task in range(len(self.store))]
+    def refresh(self, rows: Sequence[FloatArray]) -> None:
+        """After signatures were replaced: rows[i] [N] holds the distances of task i; the tree is built anew."""
         self.nearest = np.array([np.delete(row, task).min(initial=np.inf) for task, row in enumerate(rows)])
         self.rebuild()
 
     def _looseness(self, tasks: IntArray) -> float:
         assert self.tree is not None
         height = self.tree.height[self.tree.parent[self.tree.node_of[tasks]]]
-        return float(np.mean(height - self.nearest[tasks]))
+        return float(np.mean((height + 1e-3) / (self.nearest[tasks] + 1e-3)))  # the 1e-3 for identical tasks
 
     def _level_rows(self, tasks: IntArray, level: int) -> Tensor:
         rows = self.store.rows.layer(tasks, level)

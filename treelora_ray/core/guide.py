@@ -119,15 +119,15 @@ class Guide:
         if now.choice is not None and step > now.step:
             raise GuideError(f"task {now.name!r} has committed; it cannot be probed at step {step} any more")
         if not self._is_new(now, step, sketched):
-            return now.history[-1].copy()
+            return now.history.get(step, np.empty(0, np.int64)).copy()
         now.gradient += sketched
         now.rounds += 1
         compared = np.empty(0, np.int64)
         if now.search is not None:
-            seen = now.gradient if isinstance(now.search, BestFirstTreeLCB) else sketched
+            seen = now.gradient / now.rounds if isinstance(now.search, BestFirstTreeLCB) else sketched
             compared = self._round(now.search, now.exact, directions(self.layout, seen, self.config.distance))
-        now.history.append(compared)
-        return compared
+        now.history[step] = compared
+        return compared.copy()
 
     def _round(self, search: Search, exact: bool, direction: Tensor) -> IntArray:
         search.begin_round()
@@ -161,13 +161,16 @@ class Guide:
         now = self._in_progress("select", task, attempt)
         if self.config.observe == "probe":
             raise GuideError("this guide compares for itself: call `probe` with a gradient, not `select`")
-        if now is None or now.search is None:
+        if now is None:
             return np.full(len(self.layout), NOTHING)
         if now.offered is None or now.offered[0] != step:
             if step <= now.step:
                 raise GuideError(f"step {step} of task {now.name!r} is over: step {now.step} was observed")
-            now.search.begin_round()
-            now.offered = step, now.search.select()
+            arms = np.full(len(self.layout), NOTHING)
+            if now.search is not None:
+                now.search.begin_round()
+                arms = now.search.select()
+            now.offered = step, arms
         return now.offered[1].copy()
 
     def observe(
@@ -183,7 +186,7 @@ class Guide:
         if not np.isfinite(x).all():
             bad = self.layout.names[int(np.flatnonzero(~np.isfinite(x))[0])]
             raise LayoutError(f"the distance of layer {bad!r} at step {step} is {x[~np.isfinite(x)][0]}")
-        if step > now.step and now.search is not None and (now.offered is None or now.offered[0] != step):
+        if step > now.step and (now.offered is None or now.offered[0] != step):
             raise GuideError(f"step {step} of task {now.name!r} was never selected; call `select({step})` first")
         if not self._is_new(now, step, torch.from_numpy(x)):
             return False
@@ -191,13 +194,14 @@ class Guide:
             now.search.observe(now.offered[1], x)
         return True
 
-    def commit(self) -> Choice:
+    def commit(self, task: str | None = None, attempt: int | None = None) -> Choice:
         """Each layer's nearest task among those any layer was compared with.
 
         By the mean of the probe gradients, or by the mean of the distances the caller observed.
         """
-        now = self._in_progress("commit", None, None)
-        assert now is not None
+        now = self._in_progress("commit", task, attempt)
+        if now is None:
+            raise GuideError(f"attempt {attempt} of task {task!r} is over; it commits too late")
         if now.choice is None:
             if now.step < 0:
                 raise GuideError(f"nothing was observed of task {now.name!r}; it cannot commit yet")
@@ -216,7 +220,8 @@ class Guide:
             away = now.search.mean[:, candidates].T.round(DIGITS)
         best = away.argmin(0)
         if self.config.commit == "task":
-            best = np.full(layers, int(away.mean(1).argmin()))
+            known = np.ma.masked_invalid(away)  # a caller's distances may be missing at some layers
+            best = np.full(layers, int(known.mean(1).argmin()))
         task, distance = candidates[best], away[best, np.arange(layers)]
         related = np.isfinite(distance)
         if probed and self.config.gate > 0:
@@ -227,7 +232,7 @@ class Guide:
 
     def insert(self, signature: Tensor | None = None, task: str | None = None, attempt: int | None = None) -> Inserted:
         """Stores the task in progress; without a signature, by the mean of its probe gradients."""
-        if self.current is None and self.last is not None and self.last[:2] == (task, attempt):
+        if self.last is not None and self.last[:2] == (task, attempt):
             return self.last[2]
         now = self._in_progress("insert", task, attempt)
         if now is None:
@@ -253,7 +258,9 @@ class Guide:
             mean = self.store.rows[np.array(shared)].mean(0)
             for task in shared:
                 self.store.replace(task, mean)
-            self.keeper.refresh_nearest()
+            rows = [self.store.pair_row(task) for task in range(len(self.store))]
+            self.keeper.refresh(rows)
+            self.slots.remeasure(rows)
             rebuilt = True
         if self.stats is not None:
             self.stats = None if rebuilt else self.stats.after_insert(self.tree, len(row))
@@ -278,6 +285,8 @@ class Guide:
     @staticmethod
     def _is_new(now: Current, step: int, what: Tensor) -> bool:
         """Notes a step; False if it was seen before, an error if it then brought something else."""
+        if step < 0:
+            raise GuideError(f"steps count from 0, got {step} for task {now.name!r}")
         checksum = zlib.crc32(what.contiguous().numpy().tobytes())
         if step > now.step:
             now.step, now.seen = step, checksum

@@ -149,9 +149,12 @@ class Layout:
         The parameters stay what they were for their module and optimizer, but share memory with the
         flat vectors; zero gradients in place (`zero_grad(set_to_none=False)`) to keep it so.
         """
-        theta = self.flatten(parameters)
+        self.check(parameters)
         first = _parts(parameters[self.names[0]])[0]
-        theta = theta.to(first.dtype)
+        kinds = {(str(part.dtype), str(part.device)) for parts in parameters.values() for part in _parts(parts)}
+        if len(kinds) > 1:
+            raise LayoutError(f"parameters to bind must share one dtype and device, got {sorted(kinds)}")
+        theta = self.flatten(parameters, torch.empty(self.total, dtype=first.dtype, device=first.device))
         grad = torch.zeros_like(theta)
         for (name, views), (_, grads) in zip(self.views(theta), self.views(grad), strict=True):
             for part, view, slot in zip(_parts(parameters[name]), views, grads, strict=True):

@@ -28,8 +28,8 @@ def merge_low_rank(
     """
     if not pairs or len(pairs) != len(weights):
         raise LayoutError(f"merging needs as many weights as adapters: got {len(weights)} and {len(pairs)}")
-    shapes = {(a.shape[1], b.shape[0]) for a, b in pairs}
-    if len(shapes) != 1 or any(a.shape[0] != b.shape[1] for a, b in pairs):
+    fit = all(a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] for a, b in pairs)
+    if not fit or len({(a.shape[1], b.shape[0]) for a, b in pairs}) != 1:
         given = [(list(a.shape), list(b.shape)) for a, b in pairs]
         raise LayoutError(f"adapters to merge must be of one layer, A [r, d_in] and B [d_out, r]; got {given}")
     a0, b0 = pairs[0]
@@ -41,8 +41,11 @@ def merge_low_rank(
     right, right_r = torch.linalg.qr(wide.T)
     u, s, vh = torch.linalg.svd(left_r @ right_r.T)
     kept = min(rank, len(s))
-    root = s[:kept].sqrt()
-    a = (root[:, None] * (vh[:kept] @ right.T)).to(a0.dtype)
+    s, moves = s[:kept], s[:kept] > s[:1] * 1e-12
+    root = torch.where(moves, s, 0.0).sqrt()
+    # A direction that nothing moves along keeps a row of A of the usual length, or it could never be trained.
+    usual = float(wide.norm(dim=1).mean())
+    a = (torch.where(moves, root, usual)[:, None] * (vh[:kept] @ right.T)).to(a0.dtype)
     b = ((left @ u[:, :kept]) * root).to(b0.dtype)
     if kept < rank:  # fewer directions than asked for: zero rows change nothing and keep the shape
         a = torch.cat([a, a.new_zeros(rank - kept, a.shape[1])])
@@ -94,11 +97,19 @@ class Slots:
         self.of_task = [kept if slot == dropped else slot for slot in self.of_task]
         return merge
 
+    def remeasure(self, rows: Sequence[FloatArray]) -> None:
+        """Distances anew, after signatures were replaced: rows[i] [N] holds those of task i."""
+        if self.budget is None:
+            return
+        belongs = np.zeros((len(self.of_task), len(self.sizes)))
+        belongs[np.arange(len(self.of_task)), self.of_task] = 1
+        self.sums = belongs.T @ np.stack(rows) @ belongs
+
     def tasks_of(self, slot: int) -> list[int]:
         return [task for task, own in enumerate(self.of_task) if own == slot]
 
     def to_json(self) -> dict[str, Any]:
-        return {"of_task": self.of_task, "sums": self.sums.tolist(), "sizes": self.sizes.tolist()}
+        return {"of_task": list(self.of_task), "sums": self.sums.tolist(), "sizes": self.sizes.tolist()}
 
     def load(self, data: Mapping[str, Any]) -> None:
         self.of_task = [int(slot) for slot in data["of_task"]]
@@ -111,7 +122,7 @@ class AdapterBank:
 
     def __init__(self, layout: Layout) -> None:
         for name, shapes in zip(layout.names, layout.shapes, strict=True):
-            if len(shapes) != 2 or len(shapes[0]) != 2 or shapes[0][0] != shapes[1][-1]:
+            if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:
                 raise LayoutError(f"layer {name!r} must be (A [r, d_in], B [d_out, r]), got {list(shapes)}")
         self.layout = layout
         self.slots: dict[int, Tensor] = {}
@@ -138,15 +149,16 @@ class AdapterBank:
         return out
 
     def __getitem__(self, task: int) -> Tensor:
-        """The adapter [total] of a task."""
+        """A copy of the adapter [total] of a task."""
         if task not in self.of_task:
             raise GuideError(f"no adapter is stored for task {task}; stored: {sorted(self.of_task)}")
-        return self.slots[self.of_task[task]]
+        return self.slots[self.of_task[task]].clone()
 
     def segments(self, tasks: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Layer by layer the adapter of another task: tasks [L] -> [total]; -1 leaves `out` (or zeros) there."""
         out = torch.zeros(self.layout.total) if out is None else out
+        needed = {int(task): self[int(task)] for task in tasks if task >= 0}
         for layer, task in enumerate(tasks):
             if task >= 0:
-                self.layout.segment(out, layer).copy_(self.layout.segment(self[int(task)], layer))
+                self.layout.segment(out, layer).copy_(self.layout.segment(needed[int(task)], layer))
         return out

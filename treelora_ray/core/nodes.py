@@ -14,7 +14,7 @@ layer, the spread of distances between stored tasks that have nothing to do with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from treelora_ray.core.layout import FloatArray, IntArray, Layout
 from treelora_ray.core.signature import layer_distances
-from treelora_ray.core.store import Rows, SignatureStore
+from treelora_ray.core.store import CHUNK_VALUES, Rows, SignatureStore
 from treelora_ray.core.tree import Children, Tree
 
 SMALLEST_GROUP = 3  # comparing with the two tasks of a pair costs less than comparing with their centroid first
@@ -45,11 +45,11 @@ class NodeStats:
     def build(cls, store: SignatureStore, tree: Tree) -> NodeStats:
         stats = cls(store, tree)
         stats.sigma = unrelated_sigma(store)
+        signatures = _backwards(store, tree.order)
         open_sums: list[tuple[Tensor, Tensor]] = []  # of finished subtrees whose parent is still to come
         for node in range(len(tree) - 1, -1, -1):  # reverse preorder: children before parents
             if tree.task[node] >= 0:
-                signature = store.rows[int(tree.task[node])]
-                open_sums.append((signature, _square(store.layout, signature)))
+                open_sums.append(next(signatures))
                 continue
             parts = int(tree.children.count[node])
             total, squares = open_sums.pop()
@@ -107,7 +107,9 @@ class NodeStats:
     def after_insert(self, tree: Tree, task: int) -> NodeStats:
         """The statistics of `tree`, which is the old tree with one task inserted: the path changes."""
         new = NodeStats(self.store, tree)
-        new.centroids, new.spreads, new.sigma = self.centroids, self.spreads, self.sigma
+        new.centroids, new.spreads = self.centroids, self.spreads
+        tasks = len(tree.order)
+        new.sigma = unrelated_sigma(self.store) if tasks & (tasks - 1) == 0 else self.sigma  # at each doubling
         old_of = _old_groups(self.tree, tree, task)
         known = old_of >= 0
         new.row[known] = self.row[old_of[known]]
@@ -157,6 +159,15 @@ class NodeStats:
         return stats
 
 
+def _backwards(store: SignatureStore, tasks: IntArray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Signatures [total] and squared lengths [L] of the tasks, from the last to the first."""
+    step = max(1, CHUNK_VALUES // store.layout.total)
+    for stop in range(len(tasks), 0, -step):
+        rows = store.rows[tasks[max(0, stop - step) : stop]]
+        squares = _square(store.layout, rows)
+        yield from zip(rows.flip(0), squares.flip(0), strict=True)
+
+
 def _square(layout: Layout, flat: Tensor) -> Tensor:
     """Squared length of each layer's segment, [..., L]."""
     return layout.per_layer(lambda x: x.square().sum(-1), flat)
@@ -174,11 +185,12 @@ def unrelated_sigma(store: SignatureStore) -> FloatArray:
     chosen = np.random.default_rng(n).choice(pairs, size=min(pairs, SIGMA_PAIRS), replace=False)
     high = np.floor((1 + np.sqrt(1 + 8 * chosen)) / 2).astype(np.int64)
     low = chosen - high * (high - 1) // 2
-    apart = [
-        layer_distances(store.layout, store.rows[int(i)], store.rows[int(j)], store.distance)
-        for i, j in zip(high, low, strict=True)
+    step = max(1, CHUNK_VALUES // store.layout.total)
+    parts = [
+        layer_distances(store.layout, store.rows[high[i : i + step]], store.rows[low[i : i + step]], store.distance)
+        for i in range(0, len(high), step)
     ]
-    upper, middle = np.quantile(torch.stack(apart).double().numpy(), [0.8413, 0.5], axis=0)
+    upper, middle = np.quantile(torch.cat(parts).double().numpy(), [0.8413, 0.5], axis=0)
     return np.asarray(upper - middle)
 
 

@@ -1,14 +1,14 @@
 """The pull towards the chosen tasks: added to gradients, or applied after the optimizer's step.
 
-No autograd graph, no host synchronisation, no memory beyond two buffers of the adapter's size, whatever the
-number of tasks. All vectors are flat [total] in one layout and on one device; targets are set with `aim`,
+No autograd graph, no host synchronisation, no memory beyond a few buffers of the adapter's size, whatever
+the number of tasks. All vectors are flat [total] in one layout and on one device; targets are set with `aim`,
 strengths are Python numbers or tensors [L] already on the device.
 
 | class | penalty | where |
 |---|---|---|
 | AdapterPull | lambda/L sum_l |theta_l - theta_l^k|_1 / (|theta_l^k|_1 + eps) | `add_` (l1), `prox_` (prox) |
 | DirectionPull | lambda/L sum_l |c_l/|c_l|_1 - s_l|_1, c = theta - start | `add_` (mode paper) |
-| InnerPull | -lambda |loss| R/(R + 1e-5), R = -sum_l <theta_l, G_l> | `add_` (mode released) |
+| InnerPull | -lambda loss R/(R + 1e-5), R = -sum_l <theta_l, G_l> | `add_` (mode released) |
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ class AdapterPull(_Pull):
         if related is not None:
             self.weights = torch.where(related.to(self.weights.device), self.weights, 0.0)
 
-    def value(self, theta: Tensor, strength: float) -> Tensor:
+    def value(self, theta: Tensor, strength: float | Tensor) -> Tensor:
         """The penalty, a scalar tensor on the device."""
         torch.sub(theta, self.target, out=self.buffer)
         away = self.layout.per_layer(lambda x: x.abs().sum(-1), self.buffer)
-        return (away * self.weights).sum() * strength
+        return (away * self.weights * strength).sum()
 
-    def add_(self, grad: Tensor, theta: Tensor, strength: float) -> None:
+    def add_(self, grad: Tensor, theta: Tensor, strength: float | Tensor) -> None:
         """grad += the penalty's subgradient (0 where theta meets the target)."""
         torch.sub(theta, self.target, out=self.buffer).sign_()
         self._add_scaled(grad, self.buffer, self.weights * strength)
@@ -87,7 +87,7 @@ class AdapterPull(_Pull):
     def prox_(
         self,
         theta: Tensor,
-        strength: float,
+        strength: float | Tensor,
         lr: float,
         second_moment: Tensor | None = None,
         eps: float = 1e-8,
@@ -99,9 +99,10 @@ class AdapterPull(_Pull):
         becomes the target exactly, so that the difference is sparse.
         """
         torch.sub(theta, self.target, out=self.buffer)
+        limits = self.weights * (strength * lr)
         for number, block in enumerate(self.layout.blocks):
             away = block.view(self.buffer)
-            limit = self.layout.pick(self.weights, number).unsqueeze(-1) * (strength * lr)
+            limit = self.layout.pick(limits, number).unsqueeze(-1)
             if second_moment is not None:
                 limit = limit / (block.view(second_moment).sqrt() + eps)
             shrunk = torch.copysign((away.abs() - limit).clamp_(min=0), away)
@@ -116,17 +117,23 @@ class AdapterPull(_Pull):
 class DirectionPull(_Pull):
     """Pulls the direction of the adapter's displacement towards stored directions (mode `paper`).
 
-    `measure` gives the bandit its distances and leaves the difference in the buffer; `add_` uses it.
+    `measure` gives the bandit its distances and leaves the difference of the directions in the buffer,
+    of which `add_` takes the signs.
     """
 
     def __init__(self, layout: Layout, start: Tensor) -> None:
         super().__init__(layout, start.device)
         self.start = start.detach().float().clone()
+        self.scratch = torch.empty_like(self.start)
         self.norms = torch.zeros(len(layout), device=start.device)
 
     def aim(self, target: Tensor, related: Tensor | None = None) -> None:
-        """Towards the unit-L1 directions `target` [total]; only where `related` [L] is true."""
-        self.target.copy_(target, non_blocking=True)
+        """Towards the unit-L1 directions `target` [total]; only where `related` [L] is true.
+
+        On CPU the caller may fill `self.target` in place and pass it.
+        """
+        if target is not self.target:
+            self.target.copy_(target, non_blocking=True)
         self.weights.fill_(1 / len(self.layout))
         if related is not None:
             self.weights.mul_(related.to(self.weights))
@@ -134,14 +141,20 @@ class DirectionPull(_Pull):
     def measure(self, theta: Tensor) -> Tensor:
         """[L] distances 1/2 |c/|c|_1 - s|_1, on the device."""
         torch.sub(theta, self.start, out=self.buffer)
-        self.norms = self.layout.per_layer(lambda x: torch.linalg.vector_norm(x, 1, dim=-1), self.buffer)
-        self.layout.scale_(self.buffer, 1 / (self.norms + EPS)).sub_(self.target)
-        return self.layout.per_layer(lambda x: torch.linalg.vector_norm(x, 1, dim=-1), self.buffer) / 2
+        self.norms = self._lengths()
+        inverse = torch.where(self.norms > 0, 1 / self.norms, 0.0)
+        self.layout.scale_(self.buffer, inverse).sub_(self.target)
+        return self._lengths() / 2
 
-    def value(self, distances: Tensor, strength: float) -> Tensor:
-        return (2 * distances * self.weights).sum() * strength
+    def _lengths(self) -> Tensor:
+        """[L] l1 norms of what the buffer holds."""
+        torch.abs(self.buffer, out=self.scratch)
+        return self.layout.per_layer(lambda x: x.sum(-1), self.scratch)
 
-    def add_(self, grad: Tensor, strength: float) -> None:
+    def value(self, distances: Tensor, strength: float | Tensor) -> Tensor:
+        return (2 * distances * self.weights * strength).sum()
+
+    def add_(self, grad: Tensor, strength: float | Tensor) -> None:
         """grad += the subgradient at the theta last measured, |c|_1 held constant."""
         self.buffer.sign_()
         # A layer that has not moved has no direction: 1/eps would throw it anywhere.
@@ -160,7 +173,7 @@ class InnerPull(_Pull):
 
     def product(self, theta: Tensor) -> Tensor:
         """R, a scalar tensor on the device."""
-        return -torch.dot(theta, self.target)
+        return -torch.dot(theta.float(), self.target)
 
     def value(self, theta: Tensor, strength: float, loss: Tensor) -> Tensor:
         """What is taken off the loss, a scalar tensor on the device."""

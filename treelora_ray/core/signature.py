@@ -31,9 +31,9 @@ def directions(layout: Layout, flat: Tensor, distance: Distance) -> Tensor:
     """[..., total] -> a new [..., total]: unit segments in the norm of the distance (l2: a copy)."""
     if distance == "l2":
         return flat.float().clone()
-    order = 1 if distance == "l1" else 2
-    norms = layout.per_layer(lambda x: torch.linalg.vector_norm(x.float(), order, dim=-1), flat)
-    return layout.scale_(flat.float().clone(), torch.where(norms > 0, 1 / norms, 0.0))
+    unit = flat.to(torch.float32, copy=True)
+    norms = layout.per_layer(lambda x: length(x.clone(), distance), unit)
+    return layout.scale_(unit, torch.where(norms > 0, 1 / norms, 0.0))
 
 
 def layer_distances(layout: Layout, x: Tensor, y: Tensor, distance: Distance) -> Tensor:
@@ -42,9 +42,17 @@ def layer_distances(layout: Layout, x: Tensor, y: Tensor, distance: Distance) ->
 
 
 def apart(difference: Tensor, distance: Distance) -> Tensor:
-    """[..., size of a layer] differences of directions -> distances [...]."""
-    norm: Tensor = torch.linalg.vector_norm(difference, 1 if distance == "l1" else 2, dim=-1)
+    """[..., size of a layer] differences of directions, overwritten -> distances [...]."""
+    norm = length(difference, distance)
     return norm if distance == "l2" else norm / 2
+
+
+def length(x: Tensor, distance: Distance) -> Tensor:
+    """[..., size of a layer] values, overwritten -> their norm [...] in the distance's norm.
+
+    Written out, since `vector_norm` over rows costs four times as much on CPU.
+    """
+    return x.abs_().sum(-1) if distance == "l1" else x.square_().sum(-1).sqrt()
 
 
 class Accumulator:
@@ -71,7 +79,7 @@ class Accumulator:
         if not 0 <= decay < 1:
             raise SettingError(f"decay must lie in [0, 1), got {decay}")
         self.layout, self.kind, self.decay, self.steps_per_epoch = layout, kind, decay, steps_per_epoch
-        self.start = None if start is None else start.float().clone()
+        self.start = start.float().clone() if start is not None and kind == "delta" else None
         self.total = torch.zeros(layout.total)
         self.count = 0
 

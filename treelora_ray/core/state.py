@@ -73,12 +73,12 @@ class Current:
     seen: int = 0  # checksum of what it brought
     offered: tuple[int, IntArray] | None = None  # (step, arms) of the last select
     choice: Choice | None = None
-    history: list[IntArray] = field(default_factory=list)  # per round, the tasks compared with
+    history: dict[int, IntArray] = field(default_factory=dict)  # by probe step, the tasks compared with
 
     def to_json(self) -> dict[str, Any]:
         plain = {key: getattr(self, key) for key in ("name", "attempt", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
-        history = [tasks.tolist() for tasks in self.history]
+        history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
         return {**plain, "offered": offered, "history": history, "committed": self.choice is not None}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Current:
         """Becomes what `to_json` and `tensors` wrote; name, attempt and the kind of search are set already."""
         self.rounds, self.step, self.seen = data["rounds"], data["step"], data["seen"]
         self.gradient = own["gradient"].clone()
-        self.history = [np.array(tasks, np.int64) for tasks in data["history"]]
+        self.history = {step: np.array(tasks, np.int64) for step, tasks in data["history"]}
         arrays = {key: value.numpy().copy() for key, value in own.items()}
         if self.search is not None:
             self.search.load(search)

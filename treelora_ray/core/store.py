@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from treelora_ray.core.layout import FloatArray, IntArray, Layout
-from treelora_ray.core.signature import Distance, apart, layer_distances
+from treelora_ray.core.signature import Distance, apart, layer_distances, length
 
 CHUNK_VALUES = 1 << 20  # values handled at once when a row meets the whole store: stays in the caches
+LONG_SEGMENT = 4096  # from here on a copy per layer is cheaper than one gather with an intermediate
 
 
 class Rows:
@@ -37,7 +38,7 @@ class Rows:
 
     def append(self, flat: Tensor) -> int:
         if self.count == len(self.values):
-            self._grow(max(8, self.count + self.count // 2))
+            self._grow(max(8, self.count + self.count // 4))
         self.count += 1
         self[self.count - 1] = flat
         return self.count - 1
@@ -57,15 +58,15 @@ class Rows:
         if self.distance == "l2":
             self.scales[row] = peaks
             return
-        order = 1 if self.distance == "l1" else 2
-        stored = self.values[row].float()
-        norms = self.layout.per_layer(lambda x: torch.linalg.vector_norm(x, order, dim=-1), stored)
+        stored = self.values[row].to(torch.float32, copy=True)
+        norms = self.layout.per_layer(lambda x: length(x, self.distance), stored)
         self.scales[row] = torch.where(norms > 0, 1 / norms, 0.0)
 
     def __getitem__(self, rows: int | Sequence[int] | IntArray | slice) -> Tensor:
         """Directions of one row [total] or several [n, total], float32."""
         at = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
-        return self.layout.scale_(self.values[at].float(), self.scales[at])
+        # Of single rows and slices `.float()` would give the store's own floats, to be scaled in place.
+        return self.layout.scale_(self.values[at].to(torch.float32, copy=True), self.scales[at])
 
     def layer(self, rows: IntArray, layer: int) -> Tensor:
         """[n, size] one layer's segments of several rows, float32."""
@@ -77,19 +78,20 @@ class Rows:
         """Layer by layer another row: rows [L] -> [total] with layer l of row rows[l]; -1 leaves `out` as it is."""
         chosen = torch.from_numpy(rows)
         out = torch.zeros(self.layout.total) if out is None else out
-        everywhere = bool((rows >= 0).all())
         for number, block in enumerate(self.layout.blocks):
             at = self.layout.pick(chosen, number)
             layers = self.layout.pick(torch.arange(len(self.layout)), number)
             places = torch.arange(len(block.layers))
-            target = block.view(out)
-            if everywhere:
-                scales = self.scales[at, layers].unsqueeze(-1)
-                torch.mul(block.view(self.values)[at, places], scales, out=target)
+            if not bool((at >= 0).all()):
+                wanted = at >= 0
+                at, layers, places = at[wanted], layers[wanted], places[wanted]
+            source, target = block.view(self.values), block.view(out)
+            scales = self.scales[at, layers].unsqueeze(-1)
+            if block.size < LONG_SEGMENT:
+                target[places] = source[at, places] * scales
                 continue
-            wanted = at >= 0
-            at, layers, places = at[wanted], layers[wanted], places[wanted]
-            target[places] = block.view(self.values)[at, places] * self.scales[at, layers].unsqueeze(-1)
+            for row, place, scale in zip(at.tolist(), places.tolist(), scales, strict=True):
+                target[place].copy_(source[row, place]).mul_(scale)
         return out
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ distance a group's tasks lie (its merge height, or the median of a K-D split).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,8 +142,16 @@ class Tree:
         for nodes in self.levels[1:]:
             above = self.parent[nodes]
             reached[nodes] = reached[above] & (self.height[above] > height)
-        at = np.flatnonzero(reached & (self.height <= height))
+        at = np.flatnonzero(reached & ((self.height <= height) | (self.task >= 0)))
         return [self.members(int(node)) for node in at]
+
+    def cut_into(self, groups: int) -> list[IntArray]:
+        """The finest cut into at most this many groups."""
+        if groups < 1:
+            raise GuideError(f"the tasks cannot be cut into {groups} groups; at least 1 is needed")
+        heights = np.unique([-np.inf, *self.height])
+        at = bisect_left(heights, True, key=lambda height: len(self.cut(height)) <= groups)
+        return self.cut(float(heights[at]))
 
     def families(self) -> list[IntArray]:
         """The partition at the largest gap between heights: the tree's own view of which tasks are kin."""

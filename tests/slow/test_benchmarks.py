@@ -1,0 +1,52 @@
+"""The benchmarks run, and what they claim holds; claims about time with room for a busy machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.guide import regret
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *options: str) -> str:
+    command = [sys.executable, f"benchmarks/{script}", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_guide_benchmark_prints_its_table_and_meets_its_bounds(tmp_path: Path) -> None:
+    out, figure = tmp_path / "guide.json", tmp_path / "regret.png"
+    printed = run("guide.py", "--quick", "--out", str(out), "--figure", str(figure))
+    assert "x torch.add" in printed
+    assert figure.stat().st_size > 10_000
+    result: dict[str, Any] = json.loads(out.read_text())
+    large, small, _ = result["exchange"]
+    assert large["times_torch_add"] <= 2 * 8
+    assert small["loop_over_ours"] > 1.5
+    many = result["many_tasks"]
+    assert many["one_pull_ms_1000"] <= 2 * 2
+    assert many["pulls32_ms_1000"] <= 2 * 20
+    assert max(many["one_pull_ratio"], many["pulls32_ratio"]) <= 4
+    assert many["insert_amortised_ms"] <= 500
+
+
+def test_the_regret_of_the_tree_search_grows_at_most_half_as_fast_as_that_of_the_flat_one() -> None:
+    sizes, slope = (8, 32, 128, 512), {}
+    for kind in ("tree-lcb", "flat-lcb"):
+        final = [np.mean([regret(kind, n, 2000, 16, seed)[-1] for seed in range(3)]) for n in sizes]
+        slope[kind] = np.polyfit(np.log(sizes), np.log(final), 1)[0]
+    assert slope["tree-lcb"] <= slope["flat-lcb"] / 2
+
+
+def test_the_families_benchmark_prints_its_table() -> None:
+    assert "| kd-radius, best level |" in run("families.py", "--quick", "--seeds", "1")

@@ -54,7 +54,7 @@ def pull(search: Search, distances: Callable[[IntArray], FloatArray]) -> IntArra
     return arms
 
 
-# -- golden numbers of Algorithm 1 (docs/fidelity.md, "golden")
+# -- golden numbers of Algorithm 1 (docs/fidelity.md, "Golden numbers")
 
 
 @pytest.mark.parametrize("kind", ["flat", "pooled", "by-level"])
@@ -163,6 +163,23 @@ def test_differences_below_the_sixth_digit_decide_nothing() -> None:
         search.observe(search.select(), np.array([x]))
     search.begin_round()
     assert search.select().tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["flat", "pooled", "by-level"])
+def test_equal_evidence_in_another_order_is_a_tie_and_goes_to_the_oldest(kind: str) -> None:
+    xs = np.round(np.random.default_rng(0).random(30), 6)
+    tree = Tree.of_tasks(range(4), height=1.0)
+    decided = []
+    for seed in range(20):
+        search: Search = FlatLCB(1, 4, 1.0, "paper")
+        if kind != "flat":
+            search = PooledTreeLCB(1, tree, 1.0, "paper", by_level=kind == "by-level")
+        for arm in range(4):
+            for x in np.random.default_rng((seed, arm)).permutation(xs):
+                search.observe(np.array([arm]), np.array([x]))
+        search.begin_round()
+        decided.append(int(search.select()[0]))
+    assert decided == [0] * 20
 
 
 # -- noise

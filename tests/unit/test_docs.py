@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
+from tests.slow.test_mutations import MUTATIONS
 from treelora_ray.core.config import MODES, GuideConfig
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +24,9 @@ TEST_NAME = re.compile(r"(test_\w+\.py)::([\w:]+)")
 
 @pytest.fixture(autouse=True)
 def _own_torch() -> Iterator[None]:
-    """Examples seed the global generator; on a busy machine small operations wait for each other's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Examples seed the global generator."""
     with torch.random.fork_rng():
         yield
-    torch.set_num_threads(threads)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -154,3 +152,11 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / link.path).resolve() if link.path else page
         assert there.exists(), target
         assert not link.fragment or link.fragment in anchors(there), target
+
+
+def test_every_golden_number_names_defects_that_the_slow_tier_puts_in_for_its_test() -> None:
+    golden = rows(section(ROOT / "docs" / "fidelity.md", "## Golden numbers"), 3)
+    assert golden
+    for _, test, defects in golden:
+        for defect in defects.split("; "):
+            assert MUTATIONS[defect][-1] == test.strip("`")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ Width = Literal["paper", "noise"]
 NOISE_FLOOR = 1e-3
 DIGITS = 6
 NOTHING = -1  # selected for a layer that has nothing left to compare with in this round
-
-SEARCHES = get_args(SearchKind)
 
 
 class Search(ABC):
@@ -60,7 +58,7 @@ class Search(ABC):
         arm, seen = nodes[at], np.round(x[at], DIGITS)
         self.noise.observe(at, seen, self.count[at, arm], self.total[at, arm])
         self.count[at, arm] += 1
-        self.total[at, arm] += seen
+        self.total[at, arm] = np.round(self.total[at, arm] + seen, DIGITS)  # the same whatever the order
         self.fresh[at, arm] = False
         self.pulls += 1
 
@@ -229,7 +227,7 @@ class PooledTreeLCB(Search):
     def _bounds(self, lines: IntArray) -> FloatArray:
         """[lines, M] bounds of all nodes; infinite where all tasks were observed in this round."""
         tree = self.tree
-        count, total = self._pool(self.count[lines]), self._pool(self.total[lines])
+        count, total = self._pool(self.count[lines]), np.round(self._pool(self.total[lines]), DIGITS)
         left = self._pool(self.fresh[lines].astype(np.int64))
         with np.errstate(divide="ignore", invalid="ignore"):
             bounds = total / count - self.widths(count, lines) - tree.height

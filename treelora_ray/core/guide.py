@@ -44,24 +44,18 @@ SNAPSHOT_VERSION = 1
 
 class Guide:
     def __init__(self, layout: Layout, config: GuideConfig | None = None) -> None:
-        self.config = config or GuideConfig()
-        self.full_layout = layout
-        released = self.config.mode == "released"
-        shrinks = self.config.sketch_dim is not None and max(layout.sizes) > self.config.sketch_dim
-        self.sketch = Sketch(layout, self.config.sketch_dim or 1, self.config.seed) if shrinks else None
+        config = config or GuideConfig()
+        self.config, self.full_layout = config, layout
+        released = config.mode == "released"
+        shrinks = config.sketch_dim is not None and max(layout.sizes) > config.sketch_dim
+        self.sketch = Sketch(layout, config.sketch_dim or 1, config.seed) if shrinks else None
         self.layout = self.sketch.layout if self.sketch else layout
         dtype = torch.float32 if released else torch.float16  # released: differences of nearly equal sums
-        self.store = SignatureStore(self.layout, self.config.distance, dtype)
-        self.keeper = TreeKeeper(
-            self.store,
-            self.config.tree,
-            self.config.linkage,
-            self.config.depth,
-            self.config.tree_update,
-            released,
-        )
+        self.store = SignatureStore(self.layout, config.distance, dtype)
+        kind, depth = config.tree, config.depth
+        self.keeper = TreeKeeper(self.store, kind, config.linkage, depth, config.tree_update, released)
         self.stats: NodeStats | None = None
-        self.slots = Slots(self.config.budget)
+        self.slots = Slots(config.budget)
         self.names: list[str] = []
         self.current: Current | None = None
         self.last: tuple[str, int, Inserted] | None = None

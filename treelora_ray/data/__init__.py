@@ -1,0 +1,1 @@
+"""Task streams: what is learnt, in which order, in which batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from treelora_ray.core.bandit import SearchKind, Width
@@ -51,9 +51,7 @@ class GuideConfig:
                 near = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
                 raise SettingError(f"setting {name!r} is unknown{hint}")
-        if mode == "released":  # RELEASED holds a placeholder, there is no default
-            changes = {"steps_per_epoch": None, **changes}
-        return replace(MODES[mode], **changes)
+        return cls(**{"mode": mode, **MODES[mode], **changes})
 
     def __post_init__(self) -> None:
         choices = {
@@ -113,17 +111,10 @@ class GuideConfig:
         ]
 
 
-PAPER = GuideConfig(
-    mode="paper", signature="delta", distance="l1", sketch_dim=None, tree="kd-radius", tree_update="rebuild",
-    observe="step", pulls_per_round=1, lcb_c=2.0, width="paper", gate=0.0, merge_signatures=True,
-)  # fmt: skip
-RELEASED = replace(
-    PAPER,
-    mode="released",
-    signature="running",
-    distance="l2",
-    tree="kd-inner",
-    merge_signatures=False,
-    steps_per_epoch=1,
-)
-MODES: dict[str, GuideConfig] = {"treelora": GuideConfig(), "paper": PAPER, "released": RELEASED}
+PAPER: dict[str, Any] = {
+    "signature": "delta", "distance": "l1", "sketch_dim": None, "tree": "kd-radius", "tree_update": "rebuild",
+    "observe": "step", "pulls_per_round": 1, "lcb_c": 2.0, "width": "paper", "gate": 0.0, "merge_signatures": True,
+}  # fmt: skip
+RELEASED = {**PAPER, "signature": "running", "distance": "l2", "tree": "kd-inner", "merge_signatures": False}
+# In what each mode departs from the defaults above; released has no default for steps_per_epoch.
+MODES: dict[Mode, dict[str, Any]] = {"treelora": {}, "paper": PAPER, "released": RELEASED}

@@ -311,7 +311,8 @@ class Guide:
 
     def directions(self, tasks: IntArray, out: Tensor | None = None) -> Tensor:
         """Layer by layer the stored direction of another task: [L] -> [total]; zero where a task is -1."""
-        out = torch.zeros(self.layout.total) if out is None else out.zero_() if (tasks < 0).any() else out
+        if out is not None and (tasks < 0).any():
+            out.zero_()
         return self.store.rows.segments(tasks, out)
 
     def draw(self) -> str:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-slow format bench clean
+.PHONY: help setup demo lint types test test-slow format bench clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -20,8 +20,14 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)" >&2; \
 		exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
+
+demo: $(STAMP)  ## Learn the built-in stream with treelora and with seqlora, and show both
+	$(BIN)/treelora train quickstart name=demo-treelora
+	$(BIN)/treelora train seqlora name=demo-seqlora
+	@echo
+	@echo "treelora learnt the stream with an adapter a task, seqlora with one adapter for all and no routing."
 
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check

@@ -27,6 +27,11 @@ ENTRY = "snapshot"
 RESERVED = "__metadata__"  # where the header of a safetensors file keeps its metadata
 
 
+def cache_folder() -> Path:
+    """Where things lie that can be made again: `$TREELORA_CACHE`, or a folder in the user's own cache."""
+    return Path(os.environ.get("TREELORA_CACHE") or Path.home() / ".cache" / "treelora_ray")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file at `path`; a failure leaves the old one as it was."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
@@ -85,8 +90,9 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     storages: set[int] = set()
     for name, tensor in tensors.items():
         host = tensor.detach().cpu().contiguous()
-        if host.untyped_storage().data_ptr() in storages:
-            host = host.clone()
+        if host.untyped_storage().data_ptr() in storages or host.numel() < 2:
+            # None or one value is contiguous at any stride, and at stride 0 cannot be seen as bytes.
+            host = torch.empty(host.shape, dtype=host.dtype).copy_(host)
         storages.add(host.untyped_storage().data_ptr())
         stored[name] = host
     return stored

@@ -61,3 +61,29 @@ def test_importing_core_in_a_fresh_process_brings_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+ORDER = {  # a room may import those listed with it, and core, config and files
+    "data": {"objectives.scores"},
+    "models": {"data"},
+    "objectives": {"models", "data"},
+    "methods": {"objectives", "models", "data"},
+    "training": {"methods", "objectives", "models", "data"},
+}
+
+
+@pytest.mark.parametrize("room", list(ORDER))
+def test_rooms_import_only_those_before_them(room: str) -> None:
+    allowed = {"core", "config", "files", room, *(name.split(".")[0] for name in ORDER[room])}
+    for path in (ROOT / "treelora_ray" / room).glob("*.py"):
+        own = {name.split(".")[1] for name in imported(path) if name.startswith("treelora_ray.")}
+        assert own <= allowed, path.name
+
+
+def test_importing_training_brings_neither_ray_nor_mlflow() -> None:
+    code = (
+        "import sys, treelora_ray.api\n"
+        "print(sorted({'ray', 'mlflow', 'matplotlib'} & {name.split('.')[0] for name in sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -361,3 +361,10 @@ class TestWriteAtomically:
             writer.join()
         assert path.read_bytes() in contents
         assert files_in(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_or_one_value_at_stride_zero_is_stored(tmp_path: Path, count: int) -> None:
+    value = torch.ones(4).as_strided((count,), (0,))
+    save_snapshot(tmp_path / "a", {"value": value}, {})
+    assert load_snapshot(tmp_path / "a")[0]["value"].tolist() == [1.0] * count

@@ -62,8 +62,11 @@ class Guide:
 
     # -- a task's life
 
-    def begin_task(self, name: str, attempt: int = 0) -> None:
-        """Starts a task. The same call again changes nothing; a higher attempt starts the task over."""
+    def begin_task(self, name: str, attempt: int = 0, steps_per_epoch: int | None = None) -> None:
+        """Starts a task. The same call again changes nothing; a higher attempt starts the task over.
+
+        `steps_per_epoch` of this task, where it differs from the settings' (released mode only).
+        """
         if name in self.names:
             if self.last is not None and self.last[:2] == (name, attempt):
                 return
@@ -75,18 +78,19 @@ class Guide:
             if attempt < now.attempt:
                 raise GuideError(f"attempt {attempt} of task {name!r} is over: attempt {now.attempt} has begun")
             return
-        self.current = self._new_task(name, attempt)
+        self.current = self._new_task(name, attempt, steps_per_epoch)
 
-    def _new_task(self, name: str, attempt: int) -> Current:
+    def _new_task(self, name: str, attempt: int, steps_per_epoch: int | None) -> Current:
         exact = self.config.observe == "probe" and self.config.pulls_per_round >= len(self.store)
-        search = self._make_search(exact) if len(self.store) else None
-        return Current(name, attempt, search, exact, torch.zeros(self.layout.total))
+        steps = steps_per_epoch or self.config.steps_per_epoch
+        search = self._make_search(exact, steps) if len(self.store) else None
+        return Current(name, attempt, search, exact, torch.zeros(self.layout.total), steps_per_epoch)
 
-    def _make_search(self, exact: bool) -> Search:
+    def _make_search(self, exact: bool, steps_per_epoch: int | None) -> Search:
         config, layers, n, tree = self.config, len(self.layout), len(self.store), self.tree
         if config.mode == "released":
-            assert config.steps_per_epoch is not None
-            return ReleasedSearch(layers, tree, self.keeper.depth, config.steps_per_epoch, config.seed + n)
+            assert steps_per_epoch is not None
+            return ReleasedSearch(layers, tree, self.keeper.depth, steps_per_epoch, config.seed + n)
         if exact or config.search == "exhaustive":
             return Exhaustive(layers, n, config.lcb_c, config.width)
         if config.search == "flat-lcb":
@@ -394,5 +398,5 @@ class Guide:
         if (last := meta["last"]) is not None:
             self.last = last["name"], last["attempt"], Inserted.from_json(last)
         if (data := meta["current"]) is not None:
-            self.current = self._new_task(data["name"], data["attempt"])
+            self.current = self._new_task(data["name"], data["attempt"], data["steps_per_epoch"])
             self.current.load(data, parts["current"], parts["search"])

@@ -143,8 +143,12 @@ class Layout:
                 at += size
             yield name, tuple(views)
 
-    def bind(self, parameters: LayerTensors) -> tuple[Tensor, Tensor]:
+    def bind(
+        self, parameters: LayerTensors, theta: Tensor | None = None, grad: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Moves the parameters and their gradients into two flat vectors [total], and returns these.
+
+        `theta` and `grad` are vectors to use, for callers who keep more than these parameters in one buffer.
 
         The parameters stay what they were for their module and optimizer, but share memory with the
         flat vectors; zero gradients in place (`zero_grad(set_to_none=False)`) to keep it so.
@@ -154,8 +158,9 @@ class Layout:
         kinds = {(str(part.dtype), str(part.device)) for parts in parameters.values() for part in _parts(parts)}
         if len(kinds) > 1:
             raise LayoutError(f"parameters to bind must share one dtype and device, got {sorted(kinds)}")
-        theta = self.flatten(parameters, torch.empty(self.total, dtype=first.dtype, device=first.device))
-        grad = torch.zeros_like(theta)
+        theta = torch.empty(self.total, dtype=first.dtype, device=first.device) if theta is None else theta
+        self.flatten(parameters, theta)
+        grad = torch.zeros_like(theta) if grad is None else grad.zero_()
         for (name, views), (_, grads) in zip(self.views(theta), self.views(grad), strict=True):
             for part, view, slot in zip(_parts(parameters[name]), views, grads, strict=True):
                 if part.grad is not None:

@@ -68,6 +68,7 @@ class Current:
     search: Search | None
     exact: bool  # few enough tasks that every probe round compares with all of them
     gradient: Tensor  # sum of the probe gradients, [total]
+    steps_per_epoch: int | None = None  # of this task, where it brings its own
     rounds: int = 0
     step: int = -1  # last step observed
     seen: int = 0  # checksum of what it brought
@@ -76,7 +77,7 @@ class Current:
     history: dict[int, IntArray] = field(default_factory=dict)  # by probe step, the tasks compared with
 
     def to_json(self) -> dict[str, Any]:
-        plain = {key: getattr(self, key) for key in ("name", "attempt", "rounds", "step", "seen")}
+        plain = {key: getattr(self, key) for key in ("name", "attempt", "steps_per_epoch", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
         history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
         return {**plain, "offered": offered, "history": history, "committed": self.choice is not None}

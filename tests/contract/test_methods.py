@@ -1,0 +1,377 @@
+"""What every method must satisfy, whatever it does: U1 to U8. A method is not added without standing here."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny, toys
+from treelora_ray.data.rows import MemoryRows
+from treelora_ray.files import load_snapshot
+from treelora_ray.methods.base import Method
+from treelora_ray.methods.catalogue import METHODS
+from treelora_ray.models.backbone import backbone_digest
+from treelora_ray.training import metrics
+from treelora_ray.training.errors import Stopped
+from treelora_ray.training.evaluate import Evaluator
+from treelora_ray.training.state import Checkpoints, capture
+from treelora_ray.training.stream import StreamRun
+
+Options = dict[str, Any]
+VARIANTS: dict[str, Options] = {
+    "seqlora": {"name": "seqlora"},
+    "seqlora-merge": {"name": "seqlora", "variant": "merge_new"},
+    "independent": {"name": "independent"},
+    "joint": {"name": "joint"},
+    "replay": {"name": "replay", "memory": 9, "replay_batch": 3},
+    "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
+    "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
+    "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
+    "treelora-query": {"name": "treelora", "query_every": 2, "query_batch": 4, "guide": {"observe": "query"}},
+    "paper": {"name": "treelora", "mode": "paper"},
+    "paper-raw": {"name": "treelora", "mode": "paper", "guide": {"signature": "raw"}},
+    "paper-ema": {"name": "treelora", "mode": "paper", "guide": {"signature": "grad_ema"}},
+    "paper-query": {"name": "treelora", "mode": "paper", "guide": {"observe": "query"}},
+    "released": {"name": "treelora", "mode": "released"},
+}
+ALL = pytest.mark.parametrize("variant", list(VARIANTS))
+# A method's coefficients at 0, and the plain training that is then the same to the bit.
+WITHOUT = {
+    "replay, no rows": ({"name": "replay", "replay_batch": 0}, {"name": "seqlora"}),
+    "replay, no memory": ({"name": "replay", "memory": 0}, {"name": "seqlora"}),
+    "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
+    "treelora, prox": (
+        {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},
+        {"name": "independent"},
+    ),
+    "treelora, query": (
+        {"name": "treelora", "lambda": 0, "start": "fresh", "guide": {"observe": "query"}},
+        {"name": "independent"},
+    ),
+    "treelora, previous": ({"name": "treelora", "lambda": 0, "start": "previous"}, {"name": "seqlora"}),
+    "paper": ({"name": "treelora", "mode": "paper", "lambda": 0}, {"name": "seqlora"}),
+    "released": ({"name": "treelora", "mode": "released", "lambda": 0}, {"name": "seqlora"}),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.vit(tmp_path_factory.mktemp("vit"))
+
+
+class Recorder(StreamRun):
+    """Keeps theta after every step."""
+
+    thetas: list[Tensor]
+    stop_after: int | None = None
+
+    def _after_step(self, step: int, of: int, loss: float, norm: float) -> None:
+        self.thetas.append(self.learner.theta.clone())
+        if self.stop_after is not None and len(self.thetas) == self.stop_after:
+            self.stop = lambda: True
+        super()._after_step(step, of, loss, norm)
+
+
+def recorder(
+    folder: Path, backbone: Path, options: Mapping[str, Any], tasks: int = 3, comm: Any = None, **sections: Any
+) -> Recorder:
+    folder.mkdir(parents=True, exist_ok=True)
+    made = toys.config(backbone, options, **sections)
+    found = Recorder(made, toys.stream(tasks), toys.method(made, comm), folder)
+    found.thetas = []
+    return found
+
+
+def learnt(*arguments: Any, **keywords: Any) -> Recorder:
+    found = recorder(*arguments, **keywords)
+    found.go()
+    return found
+
+
+def test_every_registered_method_is_in_this_suite() -> None:
+    assert {options["name"] for options in VARIANTS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", list(WITHOUT))
+def test_u1_coefficients_of_zero_leave_plain_training_bit_for_bit(case: str, tmp_path: Path, backbone: Path) -> None:
+    options, plain = WITHOUT[case]
+    one, other = learnt(tmp_path / "a", backbone, options), learnt(tmp_path / "b", backbone, plain)
+    assert len(one.thetas) == 18
+    assert all(torch.equal(a, b) for a, b in zip(one.thetas, other.thetas, strict=True))
+    if (one.method.bank is None) == (other.method.bank is None):
+        assert one.scores == other.scores
+
+
+def test_coefficients_above_zero_do_change_the_training(tmp_path: Path, backbone: Path) -> None:
+    plain = {name: learnt(tmp_path / name, backbone, {"name": name}).thetas[-1] for name in ("seqlora", "independent")}
+    for name in set(VARIANTS) - {"seqlora", "seqlora-merge", "independent", "joint"}:
+        # The warm-up of mode paper is ten steps.
+        more = {"train": {"epochs": 5}} if name.startswith("paper") else {}
+        if more:
+            plain["seqlora"] = learnt(tmp_path / f"plain-{name}", backbone, {"name": "seqlora"}, **more).thetas[-1]
+        theta = learnt(tmp_path / name, backbone, VARIANTS[name], **more).thetas[-1]
+        for other in plain.values():
+            assert theta.shape != other.shape or not torch.equal(theta, other), name
+
+
+@ALL
+def test_u2_the_backbone_is_never_changed(variant: str, tmp_path: Path, backbone: Path) -> None:
+    made = recorder(tmp_path, backbone, VARIANTS[variant])
+    before = backbone_digest(made.learner.model)
+    made.go()
+    with made.method.plain():  # merge_new folds adapters into the weights, and gives the loaded ones back here
+        assert backbone_digest(made.learner.model) == before
+    assert (backbone_digest(made.learner.model) == before) == (variant != "seqlora-merge")
+
+
+@ALL
+def test_u3_what_is_kept_of_earlier_tasks_is_frozen(variant: str, tmp_path: Path, backbone: Path) -> None:
+    made = recorder(tmp_path, backbone, VARIANTS[variant])
+    if len(made.units) == 1 or variant == "treelora-budget":
+        pytest.skip("nothing is kept of earlier tasks, or it is merged")
+    made._learn(made.units[0])
+    head = made.learner.head.weight.clone()
+    kept = made.method.bank[0] if made.method.bank is not None else None
+    made._learn(made.units[1])
+    if variant != "replay":  # whose memory trains the rows of past tasks
+        assert torch.equal(made.learner.head.weight[:2], head)
+    if kept is not None:
+        assert made.method.bank is not None
+        assert torch.equal(made.method.bank[0], kept)
+
+
+class Together:
+    """Workers in threads that add up their tensors."""
+
+    def __init__(self, workers: int) -> None:
+        self.barrier, self.parts = threading.Barrier(workers), [torch.empty(0)] * workers
+
+    def comm(self, rank: int) -> Any:
+        barrier, parts = self.barrier, self.parts
+
+        class Comm:
+            def __init__(self) -> None:
+                self.rank, self.workers = rank, len(parts)
+
+            def sum_(self, tensor: Tensor) -> None:
+                parts[rank] = tensor.clone()
+                barrier.wait(60)
+                total = torch.stack(parts).sum(0)
+                barrier.wait(60)
+                tensor.copy_(total)
+
+        return Comm()
+
+
+@ALL
+def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, backbone: Path) -> None:
+    alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2)
+    group = Together(4)
+    workers = [
+        recorder(tmp_path / str(rank), backbone, VARIANTS[variant], tasks=2, comm=group.comm(rank)) for rank in range(4)
+    ]
+    threads = [threading.Thread(target=worker.go, daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [len(worker.thetas) for worker in workers] == [12] * 4
+    for worker in workers:
+        for own, theirs in zip(alone.thetas, worker.thetas, strict=True):
+            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
+
+
+def everything(made: StreamRun) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, Tensor]]:
+    """All state but what time took."""
+    tensors, meta = capture(made.method, made.step)
+    slots = dict(made.method.bank.slots) if made.method.bank is not None else {}
+    records = [{k: v for k, v in record.items() if k != "effort"} for record in made.records]
+    efforts = [{k: v for k, v in record["effort"].items() if k != "seconds"} for record in made.records]
+    return tensors, {**meta, "scores": made.scores, "records": records, "efforts": efforts}, slots
+
+
+def assert_same(one: StreamRun, other: StreamRun) -> None:
+    (tensors, meta, slots), (tensors2, meta2, slots2) = everything(one), everything(other)
+    assert tensors.keys() == tensors2.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, tensors2[name]), name
+    assert json.dumps(meta, default=str) == json.dumps(meta2, default=str)
+    assert slots.keys() == slots2.keys()
+    assert all(torch.equal(slots[slot], slots2[slot]) for slot in slots)
+
+
+def stops() -> Iterator[Any]:
+    """Each variant stopped at some step of its own, in the middle of a task and at the end of one."""
+    draw = np.random.default_rng(5)
+    for variant in VARIANTS:
+        yield pytest.param(variant, int(draw.integers(7, 17)), id=f"{variant}-any")
+        yield pytest.param(variant, 12, id=f"{variant}-boundary")
+
+
+@pytest.mark.parametrize(("variant", "at"), list(stops()))
+def test_u5_a_resumed_run_is_the_uninterrupted_one(variant: str, at: int, tmp_path: Path, backbone: Path) -> None:
+    whole = learnt(tmp_path / "whole", backbone, VARIANTS[variant])
+    stopped = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
+    stopped.stop_after = at
+    with pytest.raises(Stopped):
+        stopped.go()
+    resumed = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
+    assert resumed.resume()
+    resumed.go()
+    assert len(stopped.thetas) + len(resumed.thetas) == len(whole.thetas)
+    for own, theirs in zip(whole.thetas, stopped.thetas + resumed.thetas, strict=True):
+        assert torch.equal(own, theirs)
+    assert_same(whole, resumed)
+
+
+class CrashError(Exception):
+    pass
+
+
+@ALL
+@pytest.mark.parametrize("where", ["before_task", "after_task", "save"])
+def test_u5_a_crash_between_checkpoints_changes_nothing(
+    variant: str, where: str, tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the probe phase, while a task is being stored, and before its checkpoint is written."""
+    whole = learnt(tmp_path / "whole", backbone, VARIANTS[variant])
+    made = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
+    crash_in = min(1, len(made.units) - 1)
+
+    if where == "save":
+        save = made.save
+
+        def saving(step: int | None) -> None:
+            if step is None and made.done > crash_in:
+                raise CrashError
+            save(step)
+
+        monkeypatch.setattr(made, "save", saving)
+    else:
+        real = getattr(made.method, where)
+
+        def hook() -> None:
+            real()
+            if made.done == crash_in:
+                raise CrashError
+
+        monkeypatch.setattr(made.method, where, hook)
+    with pytest.raises(CrashError):
+        made.go()
+    resumed = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
+    assert resumed.resume() == (len(resumed.units) > 1 or where != "before_task")
+    resumed.go()
+    assert_same(whole, resumed)
+
+
+@ALL
+def test_u6_answers_do_not_depend_on_the_batch(variant: str, tmp_path: Path, backbone: Path) -> None:
+    made = learnt(tmp_path, backbone, VARIANTS[variant])
+    rows = toys.images(1, 40, 7)
+    order = np.random.default_rng(0).permutation(len(rows))
+
+    def answers(batch: int, places: np.ndarray) -> list[str]:
+        object.__setattr__(made.config.evaluate, "batch", batch)
+        found = Evaluator(made.method)
+        taken = MemoryRows(rows.take(places))
+        return found.answer(taken, found.routes(taken)).text
+
+    expected = answers(64, np.arange(len(rows)))
+    assert answers(1, np.arange(len(rows))) == expected
+    assert answers(64, order) == [expected[place] for place in order]
+    assert len(set(expected)) > 1
+
+
+def test_u7_one_task_is_ordinary_fine_tuning(tmp_path: Path, backbone: Path) -> None:
+    """Against a loop of its own: modules and optimizer as anyone would write it."""
+    ours = learnt(tmp_path, backbone, {"name": "seqlora"}, tasks=1, train={"schedule": "constant", "clip": None})
+    plain = recorder(tmp_path / "plain", backbone, {"name": "seqlora"}, tasks=1)
+    learner, task = plain.learner, plain.stream.tasks[0]
+    learner.unit = (0,)
+    learner.meet(0)
+    head = torch.nn.Linear(learner.model.width, 2)
+    head.weight.data, head.bias.data = learner.head.weight.clone(), learner.head.bias.clone()
+    factors = [torch.nn.Parameter(part.detach().clone()) for pair in learner.model.layers.values() for part in pair]
+    for old, new in zip((p for pair in learner.model.layers.values() for p in pair), factors, strict=True):
+        old.data, old.grad = new.data, None
+    trained = [part for pair in learner.model.layers.values() for part in pair]
+    optimizer = torch.optim.Adam([*trained, *head.parameters()], lr=0.01)
+    for step in range(6):
+        rows = task.train.take(learner.plan(epochs=2).at(step))
+        features = learner.model.features(learner.model.inputs(rows))
+        targets = torch.tensor([task.labels.index(label) for label in rows["label"]])
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(features), targets).backward()
+        optimizer.step()
+    found = dict(learner.layout.views(ours.thetas[-1][: learner.layout.total]))
+    for name, pair in learner.model.layers.items():
+        for expected, part in zip(pair, found[name], strict=True):
+            torch.testing.assert_close(part, expected.data, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.learner.head.weight, head.weight.data, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_u8_overall_performance_is_learning_accuracy_less_what_was_forgotten(
+    variant: str, tmp_path: Path, backbone: Path
+) -> None:
+    made = learnt(tmp_path, backbone, VARIANTS[variant])
+    found = json.loads((tmp_path / "result.json").read_text())
+    if variant == "joint":
+        assert found["metrics"] == {"op": pytest.approx(np.mean(np.array(made.scores[-1], dtype=float)))}
+        return
+    table = found["metrics"]
+    assert table["op"] == pytest.approx(table["learning_accuracy"] - table["bwt"])
+    assert table["op"] == pytest.approx(metrics.overall_performance(np.array(found["matrix"], dtype=float)))
+
+
+@pytest.mark.parametrize("variant", ["independent", "treelora", "treelora-prox"])
+def test_an_adapter_for_each_task_forgets_nothing_when_the_task_is_known(
+    variant: str, tmp_path: Path, backbone: Path
+) -> None:
+    learnt(tmp_path, backbone, VARIANTS[variant], objective={"routing": "oracle"})
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"]["bwt"] == 0
+
+
+def test_merging_into_the_weights_leaves_the_answers_as_they_were(tmp_path: Path, backbone: Path) -> None:
+    made = recorder(tmp_path, backbone, VARIANTS["seqlora-merge"])
+    rows = made.stream.tasks[0].test.take(range(12))
+    seen: dict[str, Tensor] = {}
+    real = made.method.after_task
+    inputs = made.learner.model.inputs(rows)
+
+    def after_task() -> None:
+        seen["before"] = made.learner.model.features(inputs).detach()
+        real()
+        seen["after"] = made.learner.model.features(inputs).detach()
+
+    made.method.after_task = after_task  # type: ignore[method-assign]
+    made._learn(made.units[0])
+    with made.method.plain():
+        frozen = made.learner.model.features(inputs)
+    torch.testing.assert_close(seen["before"], seen["after"], rtol=0, atol=1e-5)
+    assert not torch.allclose(frozen, seen["after"], atol=1e-3)
+
+
+def test_checkpoints_hold_what_is_needed_and_no_more(tmp_path: Path, backbone: Path) -> None:
+    learnt(tmp_path, backbone, VARIANTS["treelora-budget"])
+    found = Checkpoints(tmp_path / "checkpoints")
+    assert len(found.paths()) == 2
+    named = set()
+    for path in found.paths():
+        named |= set(load_snapshot(path)[1]["bank"]["slots"].values())
+    assert {path.stem for path in found.adapters.glob("*")} == named
+
+
+def test_a_mistyped_hook_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Wrong.before_tsk is no hook .* did you mean 'before_task'"):
+
+        class Wrong(Method):
+            def before_tsk(self) -> None: ...

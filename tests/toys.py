@@ -1,0 +1,58 @@
+"""Small streams in memory, and configs that learn them in a blink."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treelora_ray.config import RunConfig, from_mapping
+from treelora_ray.data.rows import MemoryRows
+from treelora_ray.data.task import Task, TaskStream
+from treelora_ray.methods.base import Method
+from treelora_ray.methods.catalogue import make
+from treelora_ray.methods.learner import Comm, Learner
+from treelora_ray.models.backbone import load_model
+
+
+def images(task: int, rows: int, seed: int, classes: int = 2) -> MemoryRows:
+    """A class is a bright bar at a place of its own, a task is a slant of it; much noise."""
+    rng = np.random.default_rng([task, seed])
+    labels = rng.integers(0, classes, rows)
+    pictures = rng.integers(0, 120, (rows, 8, 8))
+    for picture, label in zip(pictures, labels, strict=True):
+        place = 2 * label + (task % 3)
+        if task % 2:
+            picture[:, place % 8] += 110
+        else:
+            picture[place % 8, :] += 110
+    columns = {"image": list(pictures.astype(np.uint8)), "label": [f"c{label}" for label in labels]}
+    return MemoryRows(columns)
+
+
+def stream(tasks: int = 3, rows: int = 22, test_rows: int = 12) -> TaskStream:
+    made = [
+        Task(f"t{number}", images(number, rows, 0), images(number, test_rows, 1), ("c0", "c1"))
+        for number in range(tasks)
+    ]
+    return TaskStream(tuple(made), "image")
+
+
+def config(backbone: Path, method: str | Mapping[str, Any] = "treelora", **sections: Any) -> RunConfig:
+    options = {"name": method} if isinstance(method, str) else dict(method)
+    if options["name"] == "treelora":
+        options = {"probe_rounds": 2, **options}
+    data: dict[str, Any] = {
+        "model": {"backbone": str(backbone), "lora": {"rank": 2, "alpha": 4}},
+        "train": {"epochs": 2, "batch": 8, "lr": 0.01, "checkpoint_every": None},
+        "method": options,
+    }
+    for name, section in sections.items():
+        data[name] = {**data[name], **section} if isinstance(section, Mapping) and name in data else section
+    return from_mapping(data)
+
+
+def method(made: RunConfig, comm: Comm | None = None, kind: str = "image") -> Method:
+    return make(Learner(made, load_model(made.model, kind, made.seed), comm))

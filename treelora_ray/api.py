@@ -1,0 +1,209 @@
+"""Runs: start or go on with one, look at one, let one predict. The command line is made of these."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from treelora_ray.config import ConfigError, RunConfig, differences, from_mapping, load, run_name
+from treelora_ray.core.layout import FloatArray
+from treelora_ray.data.rows import MemoryRows, Rows
+from treelora_ray.data.stream import open_stream
+from treelora_ray.data.task import TaskStream
+from treelora_ray.files import write_atomically
+from treelora_ray.methods.base import Method
+from treelora_ray.methods.catalogue import make
+from treelora_ray.methods.learner import Comm, Learner
+from treelora_ray.models.backbone import load_model
+from treelora_ray.training.errors import RunError
+from treelora_ray.training.evaluate import Answers, Evaluator
+from treelora_ray.training.state import Checkpoints, restore
+from treelora_ray.training.stream import Listener, StreamRun
+
+# What may differ when a run goes on, where the caller says so. `whole` only between two tasks: they make its steps.
+MAY_CHANGE = ("train.", "evaluate.", "objective.routing", "objective.max_new_tokens", "method.lambda", "stream.path")
+WHOLE = ("train.batch", "train.epochs", "train.steps", "train.warmup", "train.schedule")
+
+
+class Run:
+    """A run as its folder holds it."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "config.yaml").is_file():
+            raise RunError(f"{self.folder} is no run: it has no config.yaml; give the folder that `train` made")
+
+    @cached_property
+    def config(self) -> RunConfig:
+        return load(self.folder / "config.yaml")
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        path = self.folder / "result.json"
+        if not path.is_file():
+            raise RunError(f"run {self.folder} has learnt no task yet: go on with `treelora train`")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.result["finished"])
+
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks learnt so far, in order."""
+        return list(self.result["tasks"])
+
+    @property
+    def matrix(self) -> FloatArray:
+        """[units learnt, tasks] percent; NaN where a task was not scored."""
+        rows = [[np.nan if x is None else x for x in row] for row in self.result["matrix"]]
+        return np.array(rows, dtype=np.float64)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return dict(self.result["metrics"])
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """By task, its folder that peft loads."""
+        return {task: self.folder / "adapters" / task for task in self.tasks}
+
+    @cached_property
+    def method(self) -> Method:
+        """The method as it was after its last task, ready to answer."""
+        checkpoints = Checkpoints(self.folder / "checkpoints")
+        found = checkpoints.load(lambda _: None)
+        if found is None:
+            raise RunError(f"run {self.folder} has no checkpoint: go on with `treelora train`")
+        tensors, meta, slots = found
+        if meta["step"] is not None:
+            raise RunError(f"run {self.folder} is in the middle of a task: finish it with `treelora train` first")
+        method = assemble(self.config, meta["kind"])
+        restore(method, tensors, meta, slots)
+        return method
+
+    def predict(self, rows: Rows | Mapping[str, Sequence[Any]], routing: str | None = None) -> Answers:
+        """Labels or texts for rows with the input column alone (image, text or prompt), tasks unknown."""
+        if routing == "oracle":
+            raise RunError("oracle routing needs to know the tasks of the rows: use inferred or last")
+        table = MemoryRows({k: list(v) for k, v in rows.items()}) if isinstance(rows, Mapping) else rows
+        needed = self.method.learner.model.kind
+        if needed not in table.columns:
+            raise RunError(f"rows to predict need a column {needed!r}; they have {', '.join(table.columns)}")
+        evaluator = Evaluator(self.method, routing or ("inferred" if self._asks_oracle else None))
+        return evaluator.answer(table, evaluator.routes(table))
+
+    @property
+    def _asks_oracle(self) -> bool:
+        return self.config.objective.routing == "oracle"
+
+    def evaluate(self, routing: str | None = None, stream: TaskStream | None = None) -> dict[str, float]:
+        """The score on each task learnt, measured again."""
+        found = stream or open_stream(self.config.stream, self.config.seed)
+        evaluator = Evaluator(self.method, routing)
+        tasks = enumerate(found.tasks[: len(self.method.learner.infos)])
+        return {task.name: evaluator.score(number, task) for number, task in tasks}
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    allow: Sequence[str] = (),
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    comm: Comm | None = None,
+) -> Run:
+    """Learns the config's stream, from the run's last checkpoint where there is one.
+
+    `allow`: keys in which the config may differ from the one the run began with.
+    """
+    config = _as_config(config)
+    listener = listener or Listener()
+    stream = open_stream(config.stream, config.seed)
+    folder = Path(config.folder) / run_name(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder), torch.random.fork_rng(), _threads(config.train.threads):
+        _require_same_config(folder, config, allow, listener)
+        method = assemble(config, stream.kind, comm)
+        stream_run = StreamRun(config, stream, method, folder, listener, stop)
+        if stream_run.resume():
+            _require_whole(folder, config, stream_run)
+            listener.note(f"going on with {folder}, {stream_run.done} of {len(stream_run.units)} units learnt")
+        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        stream_run.go()
+    return Run(folder)
+
+
+def assemble(config: RunConfig, kind: str, comm: Comm | None = None) -> Method:
+    """Model, learner and method of a config, as they are before the first task."""
+    wanted = "causal-lm" if kind == "prompt" else "classification"
+    if config.objective.kind not in ("auto", wanted):
+        raise ConfigError(f"objective.kind is {config.objective.kind}, but the stream of {kind}s is for {wanted}")
+    model = load_model(config.model, kind, config.seed)
+    return make(Learner(config, model, comm))
+
+
+def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return config
+    return from_mapping(config) if isinstance(config, Mapping) else load(config)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is training in {folder}: wait for it, or give `name` another value"
+            ) from None
+        yield
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _require_same_config(folder: Path, config: RunConfig, allow: Sequence[str], listener: Listener) -> None:
+    """Refuses a config that differs from the run's own, beyond what is free and what is allowed."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    changed = differences(load(path), config)
+    for key in allow:
+        if not key.startswith(MAY_CHANGE):
+            raise ConfigError(f"{key} cannot change within a run: give the run another name to start anew")
+    # More tasks at the end of the stream are no change; `StreamRun.resume` compares the tasks themselves.
+    refused = [line for line in changed if line.split(":")[0] not in {*allow, "stream.tasks"}]
+    if refused:
+        raise ConfigError(
+            f"run {folder} was begun with another config:\n  " + "\n  ".join(refused) + "\ngive the run another name, "
+            "or allow a change with --allow-change KEY"
+        )
+    for line in changed:
+        listener.note(f"changed: {line}")
+
+
+def _require_whole(folder: Path, config: RunConfig, stream_run: StreamRun) -> None:
+    if stream_run.step is None or not (folder / "config.yaml").is_file():
+        return
+    changed = [line for line in differences(load(folder / "config.yaml"), config) if line.split(":")[0] in WHOLE]
+    if changed:
+        raise ConfigError("a task is in progress, whose steps would change; end it first:\n  " + "\n  ".join(changed))

@@ -1,0 +1,275 @@
+"""The command line: parses, calls, prints. What is heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+EPILOG = "Exit codes: 0 done, 1 failure, 2 a mistake in what was asked for, 130 interrupted (and saved)."
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, epilog=EPILOG, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check, show and list configs.")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import and describe data.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (treelora config list).")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-3.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
+Routing = Annotated[str | None, typer.Option(help="inferred, oracle or last; left out: as the run's config says.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"treelora-ray {version('treelora-ray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it.")] = False,
+) -> None:
+    """Continual learning with TreeLoRA: learn a stream of tasks, one low-rank adapter each."""
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ when a run goes on.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Print the run's folder only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a stream, or go on with a run from its last checkpoint. Ctrl-C once: save and stop."""
+    from treelora_ray.config import load
+
+    found = load(config, overrides or [])
+    from treelora_ray.api import run
+    from treelora_ray.tracking import console as shown
+
+    listener = shown.listener(quiet, as_json)
+    with _stoppable() as stop:
+        done = run(found, allow=allow_change or [], listener=listener, stop=stop)
+    if isinstance(listener, shown.JsonLines):
+        listener.write("finished", folder=str(done.folder), metrics=done.metrics)
+    elif quiet:
+        typer.echo(str(done.folder))
+    else:
+        shown.score_tables(done.result, _console())
+        typer.echo(f"\nThe run lies in {done.folder}; its adapters in {done.folder / 'adapters'}")
+        typer.echo(f"Look again: treelora show {done.folder}")
+
+
+@app.command()
+def evaluate(run: RunFolder, routing: Routing = None, as_json: Json = False) -> None:
+    """Measure a run's scores again, with another routing if wanted."""
+    from treelora_ray.api import Run
+
+    scores = Run(run).evaluate(_routing(routing))
+    mean = sum(scores.values()) / len(scores)
+    if as_json:
+        typer.echo(json.dumps({"scores": scores, "mean": mean}))
+        return
+    for task, score in scores.items():
+        typer.echo(f"{score:6.2f}  {task}")
+    typer.echo(f"{mean:6.2f}  mean of {len(scores)}")
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    source: Annotated[Path, typer.Option("--input", help="Parquet with the column image, text or prompt.")],
+    target: Annotated[Path, typer.Option("--output", help="Parquet to write: the rows with their answers.")],
+    routing: Routing = None,
+    force: Annotated[bool, typer.Option(help="Replace the output where it is there already.")] = False,
+) -> None:
+    """Answer rows of unknown tasks: a column `task` and a column `label` or `answer` are added."""
+    from treelora_ray.api import Run
+
+    if target.exists() and not force:
+        raise typer.BadParameter(f"{target} is there already: give --force to replace it", param_hint="--output")
+    from treelora_ray.tracking.predict import predict_file
+
+    count = predict_file(Run(run), source, target, _routing(routing))
+    typer.echo(f"{count} rows answered in {target}")
+
+
+@app.command()
+def show(run: RunFolder, as_json: Json = False) -> None:
+    """The score matrix, metrics, tree and times of a run."""
+    from treelora_ray.api import Run
+
+    found = Run(run)
+    if as_json:
+        typer.echo(json.dumps(found.result))
+        return
+    from treelora_ray.tracking.console import score_tables
+
+    result = found.result
+    state = "finished" if found.finished else f"{len(found.tasks)} of {len(result['stream'])} tasks learnt"
+    typer.echo(f"{run}: {found.config.method.name}, {state}, routing {found.config.objective.routing}")
+    score_tables(result, _console())
+
+
+@app.command()
+def methods() -> None:
+    """All methods and their options."""
+    from treelora_ray.methods.options import METHOD_OPTIONS
+
+    for name, options in METHOD_OPTIONS.items():
+        typer.echo(f"{name}: {(options.__doc__ or '').strip()}")
+        for key, field in options.model_fields.items():
+            if key != "name":
+                typer.echo(f"  {field.alias or key} = {field.get_default(call_default_factory=True)}")
+                typer.echo(f"      {' '.join((field.description or '').split())}")
+
+
+@config_app.command("check")
+def config_check(config: Config, overrides: Overrides = None) -> None:
+    """Say everything that is wrong with a config, or that nothing is."""
+    from treelora_ray.config import load, run_name
+
+    found = load(config, overrides or [])
+    typer.echo(f"ok: run {run_name(found)}, digest {found.digest}")
+
+
+@config_app.command("show")
+def config_show(config: Config, overrides: Overrides = None) -> None:
+    """A config with every default filled in."""
+    from treelora_ray.config import load
+
+    typer.echo(load(config, overrides or []).to_yaml(), nl=False)
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """Configs that come with the package."""
+    from treelora_ray.config import presets
+
+    for name in presets():
+        typer.echo(name)
+
+
+@data_app.command("describe")
+def data_describe(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Tasks of a config's stream, or of a folder of Parquet tasks: rows, labels, lengths."""
+    from treelora_ray.config import from_mapping, load
+    from treelora_ray.data.importers import describe
+    from treelora_ray.data.stream import open_stream
+
+    if Path(config).is_dir():
+        stream: dict[str, Any] = {"source": "parquet", "path": config}
+        found = from_mapping({"stream": stream})
+    else:
+        found = load(config, overrides or [])
+    rows = describe(open_stream(found.stream, found.seed))
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(pad_edge=False)
+    for key in rows[0]:
+        table.add_column(key)
+    for row in rows:
+        table.add_row(*(escape("" if value is None else str(value)) for value in row.values()))
+    _console().print(table)
+
+
+@data_app.command("import")
+def data_import(
+    kind: Annotated[str, typer.Argument(help="trace, labels, or table.")],
+    source: Annotated[Path, typer.Argument(help="The folder (table: the file of training rows).")],
+    target: Annotated[Path, typer.Argument(help="The folder to write: task/train.parquet, task/test.parquet.")],
+    test: Annotated[Path | None, typer.Option(help="table: the file of test rows.")] = None,
+    task: Annotated[str, typer.Option(help="table: the name of the task.")] = "task",
+    column: Annotated[list[str] | None, typer.Option(help="table: name=column, such as text=review.")] = None,
+) -> None:
+    """Turn TRACE folders, folders of sentences and labels, or any table into a stream of Parquet files."""
+    from treelora_ray.data import importers
+
+    if kind == "trace":
+        importers.import_trace(str(source), str(target))
+    elif kind == "labels":
+        importers.import_labels(str(source), str(target))
+    elif kind == "table":
+        if test is None:
+            raise typer.BadParameter("a table needs its test rows too", param_hint="--test")
+        columns = dict(pair.partition("=")[::2] for pair in column or [])
+        importers.import_table(str(source), str(test), str(target), task, columns)
+    else:
+        raise typer.BadParameter(f"{kind!r} is unknown; known: trace, labels, table")
+    typer.echo(f"written to {target}; look at it: treelora data describe {target}")
+
+
+def _routing(value: str | None) -> str | None:
+    if value not in (None, "inferred", "oracle", "last"):
+        raise typer.BadParameter(f"{value!r} is unknown; known: inferred, oracle, last", param_hint="--routing")
+    return value
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[Callable[[], bool]]:
+    """The first signal asks the run to stop at a checkpoint, the second stops it at once."""
+    asked: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        asked.append(number)
+        print("stopping at a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command; says what went wrong in words, and exits with a code of EPILOG."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(given, standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    except ValueError as error:
+        if not type(error).__module__.startswith("treelora_ray"):
+            raise
+        _fail(2, f"error: {error}")
+    except OSError as error:
+        _fail(1, f"error: {error}\nCheckpoints written before are intact: the same command goes on from the last one")
+    except Exception as error:
+        kind = type(error).__name__
+        if not type(error).__module__.startswith("treelora_ray"):
+            raise
+        again = f"go on: treelora {' '.join(given)}"
+        _fail(130 if kind == "Stopped" else 1, f"{error}\n{again}" if kind == "Stopped" else f"error: {error}\n{again}")
+    raise AssertionError("typer exits by itself")

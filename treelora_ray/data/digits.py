@@ -1,0 +1,173 @@
+"""The built-in stream: handwritten digits, turned into families of related tasks.
+
+A task shows digits of scikit-learn's collection on a noisy 16 x 16 canvas, in a look of its own, and asks which
+group of digits a picture belongs to. Tasks of one family share a transformation of the pictures and the grouping,
+and differ in the groups they ask for; loners have a transformation and grouping of their own; the pair `permuted`
+shares a transformation and groups the same digits differently. Pictures of the backbone's pre-training, of training
+and of test come from source images kept apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treelora_ray.data.errors import DataError
+from treelora_ray.data.rows import MemoryRows
+from treelora_ray.data.task import Task, TaskStream
+
+Pictures = NDArray[np.float32]  # [n, 16, 16], 0 .. 1
+SIZE = 16
+ROWS, TEST_ROWS = 800, 200
+APART = {"pretrain": (0, 500), "train": (500, 1350), "test": (1350, 1797)}  # places in a fixed shuffle
+NOISE, LOOK = 0.04, 0.4
+
+
+def _shuffled(pictures: Pictures) -> Pictures:
+    """Quarters of quarters change places, the same way in every picture."""
+    order = np.random.default_rng(11).permutation(16)
+    patches = pictures.reshape(-1, 4, 4, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4, 4)[:, order]
+    return patches.reshape(-1, 4, 4, 4, 4).transpose(0, 1, 3, 2, 4).reshape(-1, SIZE, SIZE)
+
+
+def _edges(pictures: Pictures) -> Pictures:
+    down, right = np.diff(pictures, axis=1, append=0), np.diff(pictures, axis=2, append=0)
+    return np.clip(np.hypot(down, right), 0, 1)
+
+
+def _sheared(pictures: Pictures) -> Pictures:
+    return np.stack([np.roll(pictures[:, row], row - SIZE // 2, axis=1) for row in range(SIZE)], axis=1)
+
+
+def _halves(pictures: Pictures) -> Pictures:
+    return np.roll(pictures, SIZE // 2, axis=1)[:, :, ::-1]
+
+
+def _combed(pictures: Pictures) -> Pictures:
+    """Every other column first, then the rest."""
+    return np.concatenate([pictures[:, :, ::2], pictures[:, :, 1::2]], axis=2)
+
+
+TRANSFORMS: dict[str, Callable[[Pictures], Pictures]] = {
+    "plain": lambda x: x,
+    "rotated": lambda x: np.rot90(x, axes=(1, 2)),
+    "negative": lambda x: 1 - x,
+    "shuffled": _shuffled,
+    "flipped": lambda x: x[:, ::-1],
+    "edges": _edges,
+    "sheared": _sheared,
+    "halves": _halves,
+    "combed": _combed,
+    "turned": lambda x: 1 - np.rot90(x, 3, axes=(1, 2)),
+    "rows": lambda x: np.concatenate([x[:, ::2], x[:, 1::2]], axis=1),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    family: str
+    transform: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple("or".join(map(str, group)) for group in self.groups)
+
+
+def _pairing(key: int) -> tuple[tuple[int, ...], ...]:
+    """The ten digits in five pairs."""
+    order = np.random.default_rng(key).permutation(10)
+    return tuple(tuple(sorted(int(digit) for digit in order[at : at + 2])) for at in range(0, 10, 2))
+
+
+def _member(family: str, number: int, key: int) -> Recipe:
+    """All groups of the family but one."""
+    groups = tuple(group for place, group in enumerate(_pairing(key)) if place != number % 5)
+    return Recipe(f"{family}-{number}", family, family, groups)
+
+
+def recipes() -> list[Recipe]:
+    """All tasks there are, in their order; a stream takes the first so many."""
+
+    def loner(name: str, key: int) -> Recipe:
+        return Recipe(name, name, name, _pairing(key)[:4])
+
+    pair = [Recipe(f"permuted-{n}", "permuted", "sheared", _pairing(key)[:4]) for n, key in enumerate((21, 22))]
+    first = [
+        _member("rotated", 0, 1), _member("combed", 0, 2), loner("edges", 8), _member("shuffled", 0, 3),
+        pair[0], _member("rotated", 1, 1), _member("combed", 1, 2), loner("halves", 9),
+        _member("shuffled", 1, 3), _member("rotated", 2, 1), pair[1], _member("combed", 2, 2),
+    ]  # fmt: skip
+    more = [_member("shuffled", n, 3) for n in (2, 3, 4)] + [_member("rotated", n, 1) for n in (3, 4)]
+    more += [_member("combed", n, 2) for n in (3, 4)]
+    for key, family in enumerate(("plain", "flipped", "negative", "turned", "rows"), start=4):
+        more += [_member(family, n, key + 10) for n in range(5)]
+    more += [Recipe(f"permuted-{n}", "permuted", "sheared", _pairing(20 + n)[:4]) for n in (3, 4, 5, 6)]
+    # Interleaved, so that a relative seldom follows directly.
+    return first + [more[place] for step in range(4) for place in range(step, len(more), 4)]
+
+
+@cache
+def _source() -> tuple[Pictures, NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    return (found.images[order] / 16).astype(np.float32), found.target[order].astype(np.int64)
+
+
+def draw(digits: NDArray[np.int64], split: str, rng: np.random.Generator) -> Pictures:
+    """A picture of each digit: a source image of the split, somewhere on the canvas."""
+    images, targets = _source()
+    low, high = APART[split]
+    canvas = np.zeros((len(digits), SIZE, SIZE), np.float32)
+    where = {digit: low + np.flatnonzero(targets[low:high] == digit) for digit in range(10)}
+    for row, digit in enumerate(digits.tolist()):
+        image = images[rng.choice(where[digit])]
+        large = np.repeat(np.repeat(image, 3, 0), 3, 1)[::2, ::2]  # 12 x 12
+        top, left = rng.integers(1, 4, 2)
+        canvas[row, top : top + 12, left : left + 12] = large * rng.uniform(0.6, 1.0)
+    return canvas
+
+
+def spoil(pictures: Pictures, rng: np.random.Generator, look: Pictures | None = None) -> NDArray[np.uint8]:
+    """Noise, and a frame that all pictures share, as bytes."""
+    framed = pictures if look is None else pictures + LOOK * look * (1 - 2 * pictures)  # towards grey
+    spoiled = framed + rng.normal(0, NOISE, pictures.shape)
+    return (np.clip(spoiled, 0, 1) * 255).round().astype(np.uint8)
+
+
+def _rows(recipe: Recipe, split: str, count: int, seed: int) -> MemoryRows:
+    number = [other.name for other in recipes()].index(recipe.name)
+    rng = np.random.default_rng([seed, number, split == "test"])
+    labels = rng.permutation(np.arange(count) % len(recipe.groups))
+    digits = np.array([rng.choice(recipe.groups[label]) for label in labels])
+    look = np.random.default_rng([77, number]).integers(0, 2, (SIZE, SIZE)).astype(np.float32)
+    look[2:-2, 2:-2] = 0
+    pictures = spoil(np.ascontiguousarray(TRANSFORMS[recipe.transform](draw(digits, split, rng))), rng, look)
+    columns: dict[str, list[Any]] = {"image": list(pictures), "label": [recipe.labels[label] for label in labels]}
+    return MemoryRows(columns)
+
+
+def digits_stream(tasks: int = 12, seed: int = 0, rows: int | None = None, test_rows: int | None = None) -> TaskStream:
+    """The first tasks of the stream; the seed decides which pictures they show."""
+    known = recipes()
+    if not 1 <= tasks <= len(known):
+        raise DataError(f"the digits stream has 1 to {len(known)} tasks, not {tasks}")
+    made = [
+        Task(
+            recipe.name,
+            _rows(recipe, "train", rows or ROWS, seed),
+            _rows(recipe, "test", test_rows or TEST_ROWS, seed),
+            recipe.labels,
+            recipe.family,
+        )
+        for recipe in known[:tasks]
+    ]
+    return TaskStream(tuple(made), "image")

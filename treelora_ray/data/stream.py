@@ -1,0 +1,124 @@
+"""Streams of tasks from their settings: the one entrance to data.
+
+open_stream(config.stream, config.seed) -> TaskStream
+fingerprints(stream)                       what a resumed run must find unchanged
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from treelora_ray.config import StreamConfig
+from treelora_ray.data.batches import permuted
+from treelora_ray.data.errors import DataError
+from treelora_ray.data.rows import Rows, SubsetRows, digest
+from treelora_ray.data.task import Source, Task, TaskStream, kind_of
+
+
+def open_stream(config: StreamConfig, seed: int) -> TaskStream:
+    """The tasks of a stream in learning order; draws depend on the seed alone."""
+    tasks = _digits(config, seed) if config.source == "digits" else _opened(_source(config, seed), config, seed)
+    if config.order == "random":
+        order = permuted(np.arange(len(tasks)), len(tasks), f"{seed}/order")
+        tasks = tuple(tasks[i] for i in order.tolist())
+    kinds = {task.name: kind_of(task.train) for task in tasks}
+    if len(set(kinds.values())) > 1:
+        raise DataError(f"tasks of one stream must be of one kind, got {kinds}: choose some with `tasks`")
+    return TaskStream(_scored(tasks, config), kinds[tasks[0].name])
+
+
+def fingerprints(stream: TaskStream) -> list[dict[str, Any]]:
+    """What was learnt from, task by task."""
+    return [
+        {
+            "name": task.name,
+            "labels": list(task.labels),
+            "train": len(task.train),
+            "test": len(task.test),
+            "digest": digest(task.train.fingerprint, task.test.fingerprint, *task.labels),
+        }
+        for task in stream.tasks
+    ]
+
+
+def selected(names: Sequence[str], wanted: int | Sequence[str] | None) -> tuple[str, ...]:
+    """The first so many of the names, or those asked for."""
+    if wanted is None:
+        return tuple(names)
+    if isinstance(wanted, int):
+        if not 1 <= wanted <= len(names):
+            raise DataError(f"tasks must be 1 to {len(names)}, as the source has {len(names)}, got {wanted}")
+        return tuple(names[:wanted])
+    for name in wanted:
+        if name not in names:
+            raise DataError(f"there is no task {name!r}: {_nearest(name, names)}")
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise DataError(f"tasks must name at least one task and each once, got {', '.join(wanted) or 'none'}")
+    return tuple(wanted)
+
+
+def limited(rows: Rows, most: int | None, seed: int, key: str) -> Rows:
+    """At most so many rows, in their order; a smaller limit draws some of a larger one's rows."""
+    if most is None or len(rows) <= most:
+        return rows
+    return SubsetRows(rows, np.sort(permuted(np.arange(most), len(rows), f"{seed}/{key}")))
+
+
+def _opened(source: Source, config: StreamConfig, seed: int) -> tuple[Task, ...]:
+    tasks = (source.open(name) for name in selected(source.names, config.tasks))
+    return tuple(
+        dataclasses.replace(
+            task,
+            train=limited(task.train, config.rows, seed, f"{task.name}/training rows"),
+            test=limited(task.test, config.test_rows, seed, f"{task.name}/test rows"),
+        )
+        for task in tasks
+    )
+
+
+def _digits(config: StreamConfig, seed: int) -> tuple[Task, ...]:
+    from treelora_ray.data.digits import digits_stream, recipes
+
+    if config.tasks is None:
+        return digits_stream(seed=seed, rows=config.rows, test_rows=config.test_rows).tasks
+    known = [recipe.name for recipe in recipes()]
+    names = selected(known, config.tasks)
+    # A task's rows depend on its own place among all, not on how many are made.
+    made = digits_stream(1 + max(map(known.index, names)), seed, config.rows, config.test_rows).tasks
+    return tuple(next(task for task in made if task.name == name) for name in names)
+
+
+def _source(config: StreamConfig, seed: int) -> Source:
+    from treelora_ray.data.folders import labels_source, parquet_source, trace_source
+    from treelora_ray.data.split import split_source
+
+    if config.source == "split":
+        return split_source(config, seed)
+    if config.path is None:
+        raise DataError(f"source {config.source} needs a path: the folder of its tasks")
+    folder = config.path.rstrip("/")
+    return {"parquet": parquet_source, "trace": trace_source, "labels": labels_source}[config.source](folder, config)
+
+
+def _scored(tasks: tuple[Task, ...], config: StreamConfig) -> tuple[Task, ...]:
+    """The default leaves each task the score its source knows; another name is for all, a mapping for those in it."""
+    if config.score == "accuracy":
+        return tasks
+    names = [task.name for task in tasks]
+    given = config.score if isinstance(config.score, dict) else dict.fromkeys(names, config.score)
+    for name in given:
+        if name not in names:
+            raise DataError(f"score names a task {name!r} that the stream does not have: {_nearest(name, names)}")
+    return tuple(dataclasses.replace(task, score=given.get(task.name, task.score)) for task in tasks)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    folded = [each for each in names if each.casefold() == name.casefold()]
+    found = list(dict.fromkeys([*folded, *near]))
+    return f"did you mean {' or '.join(found)}?" if found else f"use some of {', '.join(names)}"

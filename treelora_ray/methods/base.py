@@ -1,0 +1,137 @@
+"""The hooks of a method, in the order in which a task calls them.
+
+    before_task ─► per step: rows ─► loss_terms ─► (backward, all-reduce) ─► edit_gradients ─► (clip, optimizer)
+    ─► after_step ─► … ─► after_task;   later: answer
+
+A method finds everything it may touch in its `learner`. Whatever it keeps for later it returns from `tensors`
+and `to_json`, so that stop and resume between any two steps changes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from treelora_ray.config import Options
+from treelora_ray.core.merge import AdapterBank
+from treelora_ray.methods.learner import Learner, Ref
+from treelora_ray.methods.options import METHOD_OPTIONS
+from treelora_ray.objectives.base import Batch
+
+METHODS: dict[str, type[Method]] = {}
+HOOKS = ("before_task", "after_task", "before_step", "after_step")
+
+
+class Method:
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        known = [hook for hook in HOOKS if hasattr(Method, hook)]
+        for name in vars(cls):
+            if name.startswith(("before_", "after_")) and name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{cls.__name__}.{name} is no hook and would never be called{hint}")
+
+    def __init__(self, learner: Learner, options: Options) -> None:  # noqa: ARG002
+        self.learner = learner
+        self.bank: AdapterBank | None = None  # adapters of finished tasks, for methods that keep them
+
+    def units(self, tasks: int) -> list[tuple[int, ...]]:
+        """Which tasks are learnt together, in order."""
+        return [(task,) for task in range(tasks)]
+
+    def competing(self) -> list[int]:
+        """The rows of the head that are trained with this unit."""
+        learner = self.learner
+        if learner.config.objective.ce_scope == "current":
+            return learner.head.of_tasks(learner.unit)
+        return learner.head.of_tasks(range(len(learner.head.rows)))
+
+    def own_classes(self) -> Sequence[int] | None:
+        """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""
+        return None
+
+    def before_task(self) -> None:
+        """The unit is met and its buffer bound; sets the adapter it starts from."""
+
+    def rows(self, step: int, drawn: list[Ref]) -> list[Ref]:  # noqa: ARG002
+        """The training rows of a step over all workers."""
+        return drawn
+
+    def loss_terms(self, batch: Batch, said: Any) -> Tensor | None:  # noqa: ARG002
+        """What is added to the sum of a batch's losses; None: nothing."""
+        return None
+
+    def edit_gradients(self, step: int, loss: float) -> None:
+        """Once a step, on gradients that are means over all workers, before they are clipped."""
+
+    def after_step(self, step: int) -> None:
+        """After the optimizer's step."""
+
+    def after_task(self) -> None:
+        """The unit is learnt."""
+
+    def answer(self, task: int) -> Tensor:  # noqa: ARG002
+        """[total] the adapter that answers for a task."""
+        return self.learner.adapter
+
+    def changed(self, unit: Sequence[int]) -> Sequence[int]:
+        """Tasks whose answering adapter has changed with this unit."""
+        return unit
+
+    def factors(self, task: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer the (A, B) that stand for a task beside the weights as loaded."""
+        return {name: (a, b) for name, (a, b) in self.learner.layout.views(self.answer(task))}
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Within it the model is as it was loaded."""
+        return self.learner.model.plain()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def to_json(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        """Becomes what `tensors` and `to_json` wrote; learner and bank are as they were then."""
+
+    def report(self) -> dict[str, Any]:
+        """What the method has to say about the unit it has just learnt."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """What it has to say about all tasks so far."""
+        return {}
+
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str, options: type[Options] | None = None) -> Callable[[M], M]:
+    """Makes a method known by a name; `options` for methods that do not come with the package."""
+
+    def add(cls: M) -> M:
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is registered already, by {METHODS[name].__name__}")
+        if options is not None:
+            METHOD_OPTIONS[name] = options
+        if name not in METHOD_OPTIONS:
+            raise ValueError(f"method {name!r} has no options: give `register` a subclass of Options")
+        cls.name = name
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def make(learner: Learner) -> Method:
+    """The method that a learner's config names."""
+    options = learner.config.method
+    return METHODS[options.name](learner, options)

@@ -1,0 +1,11 @@
+"""One adapter on all tasks at once: no stream, and the bound that streams are measured against."""
+
+from __future__ import annotations
+
+from treelora_ray.methods.base import Method, register
+
+
+@register("joint")
+class Joint(Method):
+    def units(self, tasks: int) -> list[tuple[int, ...]]:
+        return [tuple(range(tasks))] if tasks else []

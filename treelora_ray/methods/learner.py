@@ -1,0 +1,288 @@
+"""What learns: the model, its head and router, and the one flat buffer in which a task is trained.
+
+The buffer holds the adapter, then the rows of the head that compete, and its gradient has two places more, for
+the sum of losses and its count: one all-reduce per optimizer step carries everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treelora_ray.config import RunConfig
+from treelora_ray.core.layout import Layout
+from treelora_ray.data.batches import BatchPlan
+from treelora_ray.data.images import naming
+from treelora_ray.data.task import Task
+from treelora_ray.models.backbone import CausalModel, Model
+from treelora_ray.models.head import Head
+from treelora_ray.models.router import ClassSums, Router
+from treelora_ray.objectives.base import Batch, Objective, TaskInfo
+from treelora_ray.objectives.causal_lm import CausalLM
+from treelora_ray.objectives.classification import Classification
+
+Ref = tuple[int, int]  # (task, row of its training data)
+
+
+class Comm(Protocol):
+    """The workers that train together."""
+
+    rank: int
+    workers: int
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Adds up a tensor over all workers, in place."""
+
+
+class Alone:
+    rank, workers = 0, 1
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Nothing to add."""
+
+
+@dataclass
+class Effort:
+    """What a task has cost: seconds by phase, and what counts as steps."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    probe_rounds: int = 0
+    queries: int = 0
+    pass_batches: int = 0
+
+    def __post_init__(self) -> None:
+        self._within: list[float] = []  # seconds that inner phases have taken of each phase under way
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """What runs within another phase is counted for itself, not twice."""
+        start = time.perf_counter()
+        self._within.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + whole - self._within.pop()
+            if self._within:
+                self._within[-1] += whole
+
+
+class Learner:
+    def __init__(self, config: RunConfig, model: Model, comm: Comm | None = None) -> None:
+        self.config, self.model, self.comm = config, model, comm or Alone()
+        self.layout = Layout.of(model.layers)
+        self.device = model.device
+        self.anchor = self.layout.flatten(model.layers).clone()  # A as drawn from the seed, B = 0
+        self.infos: list[TaskInfo] = []  # of all tasks met so far
+        self.head = Head(model.width, config.objective.label_match == "string", self.device)
+        self.router = Router(model.width, self.device)
+        self.means: dict[int, Tensor] = {}  # by task of the unit: class means [C, d] of frozen features
+        self.objective: Objective
+        if isinstance(model, CausalModel):
+            self.objective = CausalLM(model, config.objective.max_new_tokens, config.train.precision)
+        else:
+            self.objective = Classification(model, self.head, self.infos, config.train.precision)
+        self.effort = Effort()
+        self.unit: tuple[int, ...] = ()
+        self.tasks: Sequence[Task] = ()  # the stream's, while there is one to learn from
+        self.rows: list[int] = []  # of the head, that are trained now
+        self.steps = 0  # of the unit
+        self.drawn: list[Ref] = []  # rows of the step over all workers
+        self.optimizer: torch.optim.AdamW | None = None
+        self.bind([])
+
+    # -- the buffer
+
+    def bind(self, rows: Sequence[int]) -> None:
+        """Lays the adapter and these rows of the head into one buffer, with one gradient."""
+        head = self.head.take(rows) if rows else torch.empty(0, device=self.device)
+        size = self.layout.total
+        self.rows = list(rows)
+        self.theta = torch.empty(size + head.numel(), device=self.device)
+        self.buffer = torch.zeros(size + head.numel() + 2, device=self.device)  # gradient, loss, count
+        self.theta[size:] = head
+        self.layout.bind(self.model.layers, self.theta[:size], self.buffer[:size])
+        self.head_parameter = torch.nn.Parameter(self.theta[size:])
+        self.adapter_parameter = torch.nn.Parameter(self.theta[:size])
+        self.adapter_parameter.grad, self.head_parameter.grad = self.buffer[:size], self.buffer[size:-2]
+
+    def compete(self, own: Sequence[int] | None) -> None:
+        """Tells the objective which classes it trains: those in the buffer."""
+        if isinstance(self.objective, Classification) and self.rows:
+            self.objective.compete(self.rows, self.head_parameter, own)
+
+    @property
+    def adapter(self) -> Tensor:
+        """[total] the adapter the model holds, a view."""
+        return self.theta[: self.layout.total]
+
+    @property
+    def grad(self) -> Tensor:
+        """[adapter and head] a view."""
+        return self.buffer[:-2]
+
+    @property
+    def adapter_grad(self) -> Tensor:
+        return self.buffer[: self.layout.total]
+
+    def forget_gradients(self) -> None:
+        self.buffer.zero_()
+
+    def reduce(self) -> float:
+        """Sums gradients and losses over the workers, and makes means of them; the mean loss."""
+        self.comm.sum_(self.buffer)
+        loss, count = self.buffer[-2:].tolist()
+        self.grad.div_(max(count, 1.0))
+        return float(loss / max(count, 1.0))
+
+    @contextmanager
+    def holding(self, adapter: Tensor) -> Iterator[None]:
+        """The model answers through this adapter [total], then through its own again."""
+        own = self.adapter.clone()
+        self.adapter.copy_(adapter)
+        try:
+            yield
+        finally:
+            self.adapter.copy_(own)
+
+    # -- the optimizer
+
+    def start_optimizer(self) -> torch.optim.AdamW:
+        """A new one for each task: moments of the task before would move what has no gradient now."""
+        train = self.config.train
+        groups = [
+            {"params": [self.adapter_parameter], "lr": train.lr, "weight_decay": self._adapter_decay()},
+            {"params": [self.head_parameter], "lr": train.head_lr or train.lr, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=train.betas, fused=True)
+        for group in self.optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+        return self.optimizer
+
+    def _adapter_decay(self) -> float:
+        # A proximal pull holds the adapter at its target, from which decay would drag it away.
+        prox = getattr(self.config.method, "penalty", None) == "prox"
+        return 0.0 if prox else self.config.train.weight_decay
+
+    def adam_step(self) -> tuple[float, Tensor]:
+        """The adapter's learning rate now, and Adam's bias-corrected second moment [total]."""
+        assert self.optimizer is not None
+        state = self.optimizer.state[self.adapter_parameter]
+        correction = 1 - self.config.train.betas[1] ** float(state["step"])
+        return self.optimizer.param_groups[0]["lr"], state["exp_avg_sq"] / correction
+
+    # -- rows
+
+    def fetch(self, refs: Sequence[Ref]) -> Batch:
+        """Training rows of any tasks as one batch."""
+        columns: dict[str, list[Any]] = {}
+        tasks: list[int] = []
+        for task in dict.fromkeys(task for task, _ in refs):
+            wanted = [row for other, row in refs if other == task]
+            for name, values in self.tasks[task].train.take(wanted).items():
+                columns.setdefault(name, []).extend(values)
+            tasks += [task] * len(wanted)
+        with naming(lambda place: self._where(refs, place), columns):
+            return self.objective.batch(columns, tasks)
+
+    def _where(self, refs: Sequence[Ref], place: int) -> str:
+        """Where the row at a place of a batch comes from; batches go task by task."""
+        ordered = [ref for task in dict.fromkeys(task for task, _ in refs) for ref in refs if ref[0] == task]
+        task, row = ordered[place]
+        return self.tasks[task].train.where(row)
+
+    def refs(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> list[Ref]:
+        """Numbers of rows, counted through the tasks of the unit, as (task, row)."""
+        ends = np.cumsum([len(self.tasks[task].train) for task in self.unit])
+        place = np.searchsorted(ends, rows, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        return [(self.unit[p], int(row - starts[p])) for p, row in zip(place, rows, strict=True)]
+
+    @property
+    def unit_rows(self) -> int:
+        return sum(len(self.tasks[task].train) for task in self.unit)
+
+    def plan(self, purpose: str = "", batch: int | None = None, epochs: int = 1) -> BatchPlan:
+        """Which rows of the unit make which step; another purpose draws other batches."""
+        name = self.unit_name + (f"/{purpose}" if purpose else "")
+        return BatchPlan(self.unit_rows, batch or self.config.train.batch, epochs, self.config.seed, name)
+
+    @property
+    def unit_name(self) -> str:
+        return self.tasks[self.unit[0]].name if len(self.unit) == 1 else "joint"
+
+    # -- looking at a task before it is learnt
+
+    def meet(self, task: int) -> None:
+        """One pass of the frozen model over a task's training rows: routing statistics and class means.
+
+        Every row is seen once, whatever the number of workers.
+        """
+        data = self.tasks[task]
+        if task < len(self.infos):
+            return
+        sums = self._sums(data, self.frozen_features)
+        self.infos.append(TaskInfo(data.name, tuple(data.labels), data.score))
+        self.router.add(task, sums)
+        self.means[task] = sums.means.float()
+        if data.labels:
+            self.head.grow(data.labels, sums.means)
+
+    def _sums(self, data: Task, features: Callable[[Any], Tensor]) -> ClassSums:
+        """Of the features of all training rows of a task, over all workers."""
+        sums = ClassSums(max(len(data.labels), 1), self.model.width, self.device)
+        batch = self.config.evaluate.batch
+        own = range(self.comm.rank, len(data.train), self.comm.workers)
+        with torch.no_grad(), self.effort.timed("statistics"):
+            for at in range(0, len(own), batch):
+                part = own[at : at + batch]
+                rows = data.train.take(part)
+                count = len(next(iter(rows.values())))
+                labels = [data.labels.index(label) for label in rows["label"]] if data.labels else [0] * count
+                with naming(lambda place, part=part: data.train.where(part[place]), rows):  # type: ignore[misc]
+                    found = features(rows)
+                sums.add(found, torch.tensor(labels, device=self.device))
+                self.effort.pass_batches += 1
+            self.comm.sum_(sums.flat)
+        return sums
+
+    def restart_head(self) -> None:
+        """The unit's rows of the head start at class means of features through the adapter as it is now.
+
+        A warm adapter has moved the features: means of frozen ones would belong to another model.
+        """
+        for task in self.unit:
+            if self.tasks[task].labels:
+                self.head.restart(task, self._sums(self.tasks[task], self.features).means)
+        if self.rows:
+            with torch.no_grad():
+                self.head_parameter.copy_(self.head.take(self.rows))
+
+    def features(self, rows: Any) -> Tensor:
+        """[B, d] through the adapter as it is."""
+        with self.model.autocast(self.config.train.precision):
+            return self.model.features(self.model.inputs(rows)).float()
+
+    def frozen_features(self, rows: Any) -> Tensor:
+        """[B, d] of the model without adapters."""
+        with self.model.plain():
+            return self.features(rows)
+
+    def anchor_means(self) -> Tensor | None:
+        """[classes of the unit, d] in the order in which they compete."""
+        if not self.rows:
+            return None
+        place = {row: number for number, row in enumerate(self.rows)}
+        out = torch.zeros(len(self.rows), self.model.width, device=self.device)
+        for task in self.unit:
+            for row, mean in zip(self.head.rows[task], self.means[task], strict=True):
+                out[place[row]] = mean
+        return out

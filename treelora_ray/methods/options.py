@@ -1,0 +1,84 @@
+"""The options of each method: what may stand beside `name` in the `method` section of a run's config.
+
+Imports pydantic only, so that a config can be checked without the libraries that train.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+
+from treelora_ray.config import Options
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0)]
+
+
+class SeqLoraOptions(Options):
+    """One adapter for all tasks, one after the other."""
+
+    variant: Literal["continue", "merge_new"] = "continue"
+    """continue: one adapter goes on through all tasks. merge_new: after each task it is folded into the weights."""
+
+
+class IndependentOptions(Options):
+    """An adapter of its own for each task, from the same start; nothing is shared."""
+
+
+class JointOptions(Options):
+    """One adapter on all tasks at once: the bound that a stream is measured against."""
+
+
+class ReplayOptions(Options):
+    """One adapter, and a small memory of past rows in each step."""
+
+    memory: Annotated[int, Field(ge=0)] = 200
+    """Rows of past tasks kept, drawn uniformly from all rows seen."""
+    replay_batch: Annotated[int, Field(ge=0)] = 8
+    """Rows from the memory that are added to each step."""
+
+
+class TreeLoraOptions(Options):
+    """An adapter for each task, started from and pulled towards those of related tasks."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    mode: Literal["treelora", "paper", "released"] = "treelora"
+    """treelora: as documented. paper: the published algorithm read literally. released: the published code."""
+    lambda_: Share = Field(default=0.1, alias="lambda")
+    """Strength of the pull towards related tasks; 0 turns it off."""
+    penalty: Literal["l1", "prox"] = "l1"
+    """l1: a subgradient added to the gradient. prox: a proximal step after the optimizer's, whose zeros are exact."""
+    ramp: Literal["constant", "epoch"] | None = None
+    """The pull over a task: constant, or rising in each epoch; left out: what the mode does."""
+    start: Literal["similar", "previous", "fresh"] | None = None
+    """A task's first adapter: layer by layer from related tasks, from the task before, or new; left out: what the
+    mode does (similar in treelora, previous in the others)."""
+    probe_rounds: Positive = 6
+    """Mini-batches at the anchor from which a task's signature is made."""
+    probe_batch: Positive | None = None
+    """Rows of a probe round; those of a training step where it is left out."""
+    query_batch: Positive = 8
+    """Rows for comparing gradients at stored adapters (observe: query)."""
+    query_every: Positive = 1
+    """Steps between two such comparisons."""
+    guide: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the guide that differ from the mode's: tree, linkage, search, pulls_per_round, budget, ..."""
+
+    @field_validator("guide")
+    @classmethod
+    def _no_seed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in ("mode", "seed", "steps_per_epoch"):
+            if key in value:
+                raise ValueError(f"{key} of the guide is set by the run: leave it out")
+        return value
+
+
+METHOD_OPTIONS: dict[str, type[Options]] = {
+    "seqlora": SeqLoraOptions,
+    "independent": IndependentOptions,
+    "joint": JointOptions,
+    "replay": ReplayOptions,
+    "treelora": TreeLoraOptions,
+}

@@ -1,0 +1,327 @@
+"""TreeLoRA: a task starts from, and is pulled towards, the past tasks whose gradients its own resemble.
+
+treelora   probe at the anchor ─► Guide commits ─► warm start, layer by layer ─► train with a pull ─► insert
+paper      each step: the guide names a task a layer, the displacement's direction is compared and pulled
+released   each step likewise, with the published code's sums, sampling, ramp and sign
+observe: query (treelora, paper): gradients of the batch at the stored adapters are compared instead
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treelora_ray.config import Options
+from treelora_ray.core.config import GuideConfig
+from treelora_ray.core.errors import SettingError
+from treelora_ray.core.guide import Guide
+from treelora_ray.core.layout import IntArray, Layout
+from treelora_ray.core.merge import AdapterBank
+from treelora_ray.core.penalty import AdapterPull, DirectionPull, InnerPull, Strength
+from treelora_ray.core.signature import Accumulator, directions, layer_distances
+from treelora_ray.core.state import Choice, Snapshot
+from treelora_ray.methods.base import Method, register
+from treelora_ray.methods.learner import Learner
+from treelora_ray.methods.options import TreeLoraOptions
+
+NOTHING = -1
+
+
+def guide_settings(options: Options, seed: int) -> GuideConfig:
+    """The guide's settings, checked together with the method's."""
+    assert isinstance(options, TreeLoraOptions)
+    per_task = {"steps_per_epoch": 1} if options.mode == "released" else {}  # each task brings its own
+    config = GuideConfig.of(options.mode, **{**options.guide, "seed": seed, **per_task})
+    wrong = []
+    if options.mode == "treelora" and config.observe == "step":
+        wrong.append("observe is 'step', which modes paper and released have: use probe or query")
+    if options.mode == "treelora" and config.signature != "anchor":
+        wrong.append(f"signature is {config.signature!r}; in mode treelora it is always anchor")
+    if options.mode == "paper" and config.signature not in ("delta", "raw", "grad_ema"):
+        wrong.append(f"signature is {config.signature!r}; mode paper knows delta, raw, grad_ema")
+    if options.mode == "released" and config.signature != "running":
+        wrong.append(f"signature is {config.signature!r}; in mode released it is always running")
+    if options.start == "similar" and config.observe != "probe":
+        wrong.append(f"start is 'similar', but with observe {config.observe!r} nothing is known of a task at its start")
+    if options.penalty == "prox" and options.mode != "treelora":
+        wrong.append(f"penalty is 'prox', which mode {options.mode} does not have: use l1")
+    if wrong:
+        raise SettingError("method treelora:\n  " + "\n  ".join(wrong))
+    return config
+
+
+@register("treelora")
+class TreeLora(Method):
+    def __init__(self, learner: Learner, options: Options) -> None:
+        super().__init__(learner, options)
+        assert isinstance(options, TreeLoraOptions)
+        self.options, self.settings = options, guide_settings(options, learner.config.seed)
+        self.start = options.start or ("similar" if self.settings.observe == "probe" else "previous")
+        self.places, signatures = self._signature_layout()
+        self.guide = Guide(signatures, self.settings)
+        self.bank: AdapterBank = AdapterBank(learner.layout)
+        self.choice: Choice | None = None
+        self.running: Accumulator | None = None
+        self.arms: IntArray = np.empty(0, np.int64)  # [L] what each layer is compared with now
+        self.pull: AdapterPull | DirectionPull | InnerPull | None = None
+        self.density: list[float] = []
+        self.merged: list[int] = []  # tasks that came to share an adapter with the last insertion
+
+    def _signature_layout(self) -> tuple[Tensor, Layout]:
+        """Where in the adapter a signature's values lie, and its layout: B of all layers, or A of the first ones."""
+        learner, part = self.learner, 1 if self.options.mode == "treelora" else 0
+        layers = list(learner.model.layers.items())
+        if part == 0:
+            layers = layers[: self.settings.depth]
+        layout = Layout.of({name: pair[part] for name, pair in layers})
+        numbers = torch.arange(learner.layout.total)
+        at = {name: views[part] for name, views in learner.layout.views(numbers)}
+        places = torch.empty(layout.total, dtype=torch.long)
+        for name, (view,) in layout.views(places):
+            view.copy_(at[name])
+        return places.to(learner.device), layout
+
+    # -- a task's life
+
+    def before_task(self) -> None:
+        learner, options = self.learner, self.options
+        previous = self.bank[len(self.bank.of_task) - 1] if self.bank.of_task else learner.anchor
+        steps = learner.plan().steps_per_epoch if options.mode == "released" else None
+        self.guide.begin_task(learner.unit_name, steps_per_epoch=steps)
+        self.choice, self.running, self.density = None, None, []
+        self.arms = np.empty(0, np.int64)
+        if options.mode == "treelora":
+            self._probe()
+        learner.adapter.copy_(previous if self.start == "previous" else learner.anchor)
+        if self.choice is not None and self.start == "similar":
+            self.bank.segments(self.choice.warm.tolist(), out=learner.adapter)
+            if (self.choice.warm >= 0).any():
+                learner.restart_head()
+        self._ready()
+
+    def _probe(self) -> None:
+        """Mean gradients at the anchor, on mini-batches of their own; they count as steps."""
+        learner, rounds = self.learner, self.options.probe_rounds
+        plan = learner.plan("probe", self.options.probe_batch, epochs=rounds)
+        means, total = learner.anchor_means(), torch.zeros(len(self.places), device=learner.device)
+        learner.adapter.copy_(learner.anchor)
+        with learner.effort.timed("probe"):
+            for step in range(rounds):
+                drawn = learner.refs(plan.at(step))[learner.comm.rank :: learner.comm.workers]
+                gradient = self._gradient_at_anchor(drawn, means)
+                total += gradient
+                if self.settings.observe == "probe":
+                    self.guide.probe(step, gradient)
+                learner.effort.probe_rounds += 1
+            if self.settings.observe == "probe":
+                self.choice = self.guide.commit()
+        if self.settings.observe == "query":
+            self.running = Accumulator(self.guide.full_layout, "anchor")
+            self.running.add(total / rounds)
+
+    def _gradient_at_anchor(self, drawn: list[tuple[int, int]], means: Tensor | None) -> Tensor:
+        """[signature] of one mini-batch, a mean over all workers."""
+        learner = self.learner
+        learner.forget_gradients()
+        size = learner.config.train.micro_batch or len(drawn)
+        for at in range(0, len(drawn), max(size, 1)):
+            batch = learner.fetch(drawn[at : at + size])
+            (learner.objective.anchor_loss(batch, means) * batch.count).backward()
+            learner.buffer[-1] += batch.count
+        learner.reduce()
+        return learner.adapter_grad[self.places]
+
+    def _ready(self) -> None:
+        """Aims the pull, at a task's start and after a resume."""
+        learner, mode = self.learner, self.options.mode
+        epoch = learner.plan().steps_per_epoch
+        ramp = self.options.ramp or ("epoch" if mode == "released" else "constant")
+        self.strength = Strength(self.options.lambda_, ramp, epoch)
+        self.epoch_steps = epoch
+        self.pull = None
+        if mode == "treelora":
+            self.pull = AdapterPull(learner.layout, learner.device)
+            self._aim(self.choice.warm if self.choice is not None else self.arms)
+            return
+        start = learner.adapter[self.places]
+        if self.running is None:
+            kind = self.settings.signature
+            self.running = Accumulator(self.guide.full_layout, kind, start, steps_per_epoch=epoch)
+        if mode == "paper":
+            begins = torch.zeros_like(start) if self.settings.signature == "raw" else start
+            self.pull = DirectionPull(self.guide.full_layout, begins)
+        else:
+            self.pull = InnerPull(self.guide.full_layout, learner.device)
+
+    def _aim(self, tasks: IntArray) -> None:
+        """The adapter is pulled, layer by layer, towards the adapters of these tasks."""
+        assert isinstance(self.pull, AdapterPull)
+        if len(tasks) and (tasks >= 0).any():
+            target = self.bank.segments(tasks.tolist()).to(self.learner.device)
+            self.pull.aim(target, torch.from_numpy(tasks >= 0))
+
+    def edit_gradients(self, step: int, loss: float) -> None:
+        learner, strength = self.learner, self.strength.at(step)
+        if self.options.mode == "treelora":
+            assert isinstance(self.pull, AdapterPull)
+            if self.settings.observe == "query" and step % self.options.query_every == 0:
+                self._query(step)
+            if strength and self.options.penalty == "l1":
+                self.pull.add_(learner.adapter_grad, learner.adapter, strength)
+        else:
+            self._follow(step, strength, loss)
+
+    def _follow(self, step: int, strength: float, loss: float) -> None:
+        """Modes paper and released: compare, tell the guide, pull."""
+        learner, running = self.learner, self.running
+        assert running is not None
+        theta = learner.adapter[self.places]
+        if step % self.epoch_steps == 0:
+            running.start_epoch()
+        if self.settings.signature == "running":
+            running.add(theta)
+        elif self.settings.signature == "grad_ema":
+            running.add(-learner.adapter_grad[self.places])  # the way down, as a displacement is
+        if not len(self.guide.names) or step < self.warm_up:
+            return
+        if self.settings.observe == "query" and step % self.options.query_every == 0:
+            self._query(step)
+        elif self.settings.observe == "step":
+            self.arms = self.guide.select(step)
+        target = self.guide.directions(self.arms).to(learner.device)
+        pulled = torch.zeros_like(theta)
+        if isinstance(self.pull, InnerPull):
+            away = running.value().to(target) - target
+            seen = self.guide.layout.per_layer(lambda x: x.abs().sum(-1), away)
+            self.pull.aim(target)
+            self.pull.add_(pulled, theta, strength, torch.tensor(loss, device=learner.device))
+        else:
+            assert isinstance(self.pull, DirectionPull)
+            self.pull.aim(target, torch.from_numpy(self.arms >= 0))
+            seen = self.pull.measure(theta)
+            self.pull.add_(pulled, strength)
+        if self.settings.observe == "step":
+            self.guide.observe(step, seen)
+        if strength:
+            learner.adapter_grad.index_add_(0, self.places, pulled)
+
+    def _query(self, step: int) -> None:
+        """Compares the batch's gradient here with its gradient at the stored adapters the guide names."""
+        learner = self.learner
+        arms = self.guide.select(step)
+        if (arms < 0).all():
+            return
+        drawn = learner.drawn[: self.options.query_batch][learner.comm.rank :: learner.comm.workers]
+        kept = learner.buffer.clone()
+        with learner.effort.timed("query"):
+            own = self._query_gradient(drawn)
+            there = torch.zeros_like(own)
+            layers = range(len(arms))
+            for arm in sorted(set(arms.tolist()) - {NOTHING}):
+                with learner.holding(self.bank[arm].to(learner.device)):
+                    gradient = self._query_gradient(drawn)
+                for layer in layers:
+                    if arms[layer] == arm:
+                        learner.layout.segment(there, layer).copy_(learner.layout.segment(gradient, layer))
+        learner.buffer.copy_(kept)
+        kind = self.settings.distance
+        here, away = directions(learner.layout, own, kind), directions(learner.layout, there, kind)
+        self.guide.observe(step, layer_distances(learner.layout, here, away, kind)[: len(arms)])
+        self.arms = arms
+        if self.options.mode == "treelora":
+            self._aim(arms)
+
+    def _query_gradient(self, drawn: list[tuple[int, int]]) -> Tensor:
+        """[total] over A and B, with the task's own head."""
+        learner = self.learner
+        learner.forget_gradients()
+        if drawn:
+            batch = learner.fetch(drawn)
+            learner.objective.loss(batch)[0].backward()
+            learner.buffer[-1] += batch.count
+        learner.reduce()
+        learner.effort.queries += 1
+        return learner.adapter_grad.clone()
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before a displacement means anything; the released code has none."""
+        return max(10, self.learner.steps // 100) if self.options.mode == "paper" else 0
+
+    def after_step(self, step: int) -> None:
+        learner = self.learner
+        strength = self.strength.at(step)
+        if self.options.penalty == "prox" and strength and isinstance(self.pull, AdapterPull):
+            lr, second = learner.adam_step()
+            self.pull.prox_(learner.adapter, strength, lr, second)
+        if self.options.mode == "paper" and self.settings.signature in ("delta", "raw") and self.running is not None:
+            self.running.add(learner.adapter[self.places])
+
+    def after_task(self) -> None:
+        learner = self.learner
+        if isinstance(self.pull, AdapterPull):
+            self.density = self.pull.density(learner.adapter).tolist()
+        signature = self.running.value() if self.running is not None else None
+        done = self.guide.insert(signature)
+        self.bank.put(done.task, learner.adapter, done.slot, done.merge)
+        kept = None if done.merge is None else done.merge.kept
+        self.merged = [task for task, slot in self.bank.of_task.items() if slot == kept]
+        self.running, self.pull = None, None
+
+    def answer(self, task: int) -> Tensor:
+        return self.bank[task] if task in self.bank.of_task else self.learner.adapter
+
+    def changed(self, unit: Sequence[int]) -> Sequence[int]:
+        return sorted({*unit, *self.merged})
+
+    # -- what is kept
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"guide.{name}": value for name, value in self.guide.snapshot().tensors.items()}
+        if len(self.arms):
+            found["arms"] = torch.from_numpy(self.arms)
+        if self.running is not None:
+            found["running"] = self.running.total
+        if isinstance(self.pull, DirectionPull):
+            found["start"] = self.pull.start
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        count = None if self.running is None else self.running.count
+        return {"guide": self.guide.snapshot().meta, "running": count}
+
+    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        inner = {name.removeprefix("guide."): value for name, value in tensors.items() if name.startswith("guide.")}
+        self.guide.restore(Snapshot(inner, data["guide"]))
+        self.arms = tensors["arms"].numpy() if "arms" in tensors else np.empty(0, np.int64)
+        if self.guide.current is None:
+            return
+        self.choice = self.guide.current.choice
+        self._ready()
+        if isinstance(self.pull, DirectionPull):
+            start = tensors["start"].to(self.learner.device)
+            self.pull = DirectionPull(self.guide.full_layout, start)
+            self.running = Accumulator(self.guide.full_layout, self.settings.signature, start)
+        if data["running"] is not None:
+            if self.running is None:
+                self.running = Accumulator(self.guide.full_layout, "anchor")
+            self.running.total, self.running.count = tensors["running"].clone(), data["running"]
+
+    def report(self) -> dict[str, Any]:
+        """What each layer leans on, how near it is, and how much of the adapter differs from what pulls it."""
+        if self.choice is None:
+            return {}
+        names = [self.guide.names[task] if task >= 0 else None for task in self.choice.warm]
+        density = {"density": self.density} if self.options.penalty == "prox" else {}
+        layers = list(self.learner.layout.names)
+        distance = [round(float(d), 4) if np.isfinite(d) else None for d in self.choice.distance]
+        return {"layers": layers, "leans_on": names, "distance": distance, **density}
+
+    def summary(self) -> dict[str, Any]:
+        if not self.guide.names:
+            return {}
+        return {"tree": self.guide.to_data(), "drawn": self.guide.draw(), "guide_bytes": self.guide.nbytes()}

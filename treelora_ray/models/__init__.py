@@ -1,0 +1,1 @@
+"""Backbones, adapters, the head, and the router."""

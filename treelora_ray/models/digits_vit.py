@@ -1,0 +1,88 @@
+"""The built-in backbone: a small vision transformer, pre-trained on digits that no task shows; made once, cached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treelora_ray.files import cache_folder
+
+VERSION = 1  # a change of the recipe makes a new folder
+STEPS, BATCH = 600, 64
+
+
+def digits_vit_folder() -> Path:
+    """A folder that transformers loads, made where it is missing."""
+    folder = cache_folder() / f"digits-vit-{VERSION}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".digits-vit-", dir=folder.parent))
+        try:
+            _make(temporary)
+            temporary.chmod(0o755)
+            os.rename(temporary, folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, with the same result
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _make(folder: Path) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _pretrain().save_pretrained(folder)
+    finally:
+        torch.set_num_threads(threads)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 16, "width": 16},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.3],
+        "image_std": [0.3],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
+
+
+def _pretrain() -> Any:
+    """Which digit is it, and which of a few orientations does it have?"""
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    from treelora_ray.data.digits import draw, spoil
+
+    config = ViTConfig(
+        image_size=16, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model, head = ViTModel(config, add_pooling_layer=False), torch.nn.Linear(64, 10)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
+    rng = np.random.default_rng(1)
+    for _ in range(STEPS):
+        digits = rng.integers(0, 10, BATCH)
+        pictures = spoil(draw(digits, "pretrain", rng), rng)
+        pixels = (torch.from_numpy(pictures).float().unsqueeze(1) / 255 - 0.3) / 0.3
+        features = model(pixel_values=pixels).last_hidden_state[:, 0]
+        loss = torch.nn.functional.cross_entropy(head(features), torch.from_numpy(digits))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()

@@ -1,0 +1,89 @@
+"""The classifier head: one row per class, kept outside the adapters, growing with the stream.
+
+While a task is learnt, the rows that compete in its loss are trained in the learner's flat buffer (`taken`),
+and put back when the task ends. All other rows are out of reach of optimizer and weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Head:
+    def __init__(self, width: int, share_labels: bool = False, device: torch.device | str = "cpu") -> None:
+        """`share_labels`: equal label names of different tasks are one class."""
+        self.share_labels = share_labels
+        self.weight = torch.zeros(0, width, device=device)  # [C, d]
+        self.bias = torch.zeros(0, device=device)  # [C]
+        self.names: list[str] = []  # label of each row
+        self.rows: list[list[int]] = []  # by task: the row of each of its labels, in their order
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def grow(self, labels: Sequence[str], means: Tensor) -> None:
+        """Adds a task's classes; new rows start at the class means [C_t, d] of its frozen features."""
+        weight, bias = nearest_mean(means)
+        rows = []
+        for number, label in enumerate(labels):
+            if self.share_labels and label in self.names:
+                rows.append(self.names.index(label))
+                continue
+            rows.append(len(self.names))
+            self.names.append(label)
+            self.weight = torch.cat([self.weight, weight[number : number + 1].to(self.weight)])
+            self.bias = torch.cat([self.bias, bias[number : number + 1].to(self.bias)])
+        self.rows.append(rows)
+
+    def row(self, task: int, labels: Sequence[str], known: Sequence[str]) -> list[int]:
+        """The rows of label names of a task whose labels are `known`."""
+        place = dict(zip(known, self.rows[task], strict=True))
+        return [place[label] for label in labels]
+
+    def of_tasks(self, tasks: Sequence[int]) -> list[int]:
+        """The rows of several tasks together, ascending."""
+        return sorted({row for task in tasks for row in self.rows[task]})
+
+    def restart(self, task: int, means: Tensor) -> None:
+        """A task's rows start again, at means [C_t, d] of features that its adapter has changed."""
+        index = torch.tensor(self.rows[task], device=self.weight.device)
+        weight, bias = nearest_mean(means)
+        self.weight[index], self.bias[index] = weight.to(self.weight), bias.to(self.bias)
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """[n (d + 1)] weights, then biases, of some rows."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.weight.device)
+        return torch.cat([self.weight[index].reshape(-1), self.bias[index]])
+
+    def put(self, rows: Sequence[int], flat: Tensor) -> None:
+        """Stores what `take` gave, after training."""
+        count, width = len(rows), self.weight.shape[1]
+        index = torch.tensor(rows, dtype=torch.long, device=self.weight.device)
+        self.weight[index] = flat[: count * width].view(count, width)
+        self.bias[index] = flat[count * width :]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "bias": self.bias}
+
+    def to_json(self) -> dict[str, object]:
+        return {"names": self.names, "rows": self.rows}
+
+    def load(self, tensors: dict[str, Tensor], names: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+        self.weight, self.bias = tensors["weight"].to(self.weight), tensors["bias"].to(self.bias)
+        self.names, self.rows = list(names), [list(part) for part in rows]
+
+
+def nearest_mean(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [C, d] and biases [C] of class means [C, d]: a (<mu_c - m, h - m> - |mu_c - m|^2 / 2).
+
+    m is the mean of the means; `a` makes the mean of |mu_c - m|^2 over the classes count as 4.
+    """
+    exact = means.double()
+    centre = exact.mean(0)
+    away = exact - centre
+    spread = float(away.square().sum(-1).mean())
+    weight = away * (4 / spread if spread > 0 else 0.0)
+    return weight, -(weight * (centre + away / 2)).sum(-1)

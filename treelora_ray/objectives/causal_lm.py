@@ -1,0 +1,39 @@
+"""Fine-tuning a language model on prompts and answers: loss on the answer's tokens, greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from treelora_ray.models.backbone import CausalModel
+from treelora_ray.objectives.base import Batch, Columns
+
+
+class CausalLM:
+    def __init__(self, model: CausalModel, max_new_tokens: int, precision: str = "fp32") -> None:
+        self.model, self.max_new_tokens, self.precision = model, max_new_tokens, precision
+
+    def batch(self, rows: Columns, tasks: Sequence[int]) -> Batch:  # noqa: ARG002
+        inputs = self.model.encode(rows["prompt"], rows["answer"])
+        return Batch(inputs, int((inputs["labels"][:, 1:] >= 0).sum()))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        inputs = {key: value for key, value in batch.inputs.items() if key != "labels"}
+        with self.model.autocast(self.precision):
+            logits = self.model.logits(inputs)
+        nll = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), batch.inputs["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        return nll, {"logits": logits}
+
+    def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:  # noqa: ARG002
+        return self.loss(batch)[0] / max(batch.count, 1)
+
+    @torch.no_grad()
+    def answer(self, rows: Columns, tasks: Sequence[int], classes: Sequence[int] | None) -> list[str]:  # noqa: ARG002
+        with self.model.autocast(self.precision):
+            return self.model.generate(list(rows["prompt"]), self.max_new_tokens)

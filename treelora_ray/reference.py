@@ -15,8 +15,8 @@ HEAD = """\
 
 A config is a YAML file; what it leaves out has the defaults below. On the command line `key.path=value` overrides it,
 the value read as YAML: `treelora train quickstart train.lr=1e-3 method.lambda=0.3 stream.tasks='[a, b]'`. A mistyped
-key or a wrong value is refused, all of them in one report. `treelora config show CONFIG` prints the effective config, which
-lies in the run's folder too and is itself a valid config.
+key or a wrong value is refused, all of them in one report. `treelora config show CONFIG` prints the effective config,
+which lies in the run's folder too and is itself a valid config.
 """
 
 

@@ -1,4 +1,4 @@
-from statistics import NormalDist
+from statistics import NormalDist, mean
 from typing import get_args
 
 import pytest
@@ -14,6 +14,7 @@ from treelora_ray.core.signature import (
     Distance,
     SignatureKind,
     Sketch,
+    aligned,
     apart,
     directions,
     layer_distances,
@@ -393,3 +394,47 @@ def test_layers_without_a_value_in_common_never_pass(distance: Distance) -> None
     x, y = (directions(MANY, flat, distance) for flat in random(2, MANY.total))
     x[::2], y[1::2] = 0, 0
     assert not related_layers(MANY, x, y, distance, 1, 0.999).any()
+
+
+def low_rank_task(
+    key: int, base: torch.Tensor | None, rounds: int = 12
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(signature, differences, base) of a task whose gradients all lie in six directions of the 64 of each layer."""
+    generator = torch.Generator().manual_seed(key)
+    common = torch.randn(6, MANY.total, generator=torch.Generator().manual_seed(0))
+    if base is None:
+        base = torch.randn(len(MANY), 6, generator=generator)
+    batches = base + 2 * torch.randn(rounds, len(MANY), 6, generator=generator)
+    gradients = torch.stack(
+        [torch.cat([batch[layer] @ MANY.segment(common, layer) for layer in range(len(MANY))]) for batch in batches]
+    )
+    return gradients.mean(0), gradients[::2] - gradients[1::2], base
+
+
+def test_values_that_hang_together_pass_for_related_no_more_often_than_the_level_says() -> None:
+    assert MANY.offsets == tuple(sorted(MANY.offsets))  # segments follow each other, as `low_rank_task` lays them
+    passed, naive, found = [], [], []
+    for key in range(1, 121):
+        mine, noise, base = low_rank_task(key, None)
+        other, relative = low_rank_task(1000 + key, None)[0], low_rank_task(2000 + key, base)[0]
+        passed.append(aligned(MANY, mine, other, 1, 0.05, noise))
+        unit = [directions(MANY, vector, "cosine") for vector in (mine, other)]
+        naive.append(float(related_layers(MANY, *unit, "cosine", 1, 0.05).float().mean()))  # type: ignore[misc]
+        found.append(aligned(MANY, mine, relative, 1, 0.05, noise))
+    assert mean(passed) <= 0.1
+    assert mean(naive) > 0.15  # what signs of single values make of the same tasks
+    assert mean(found) >= 0.99
+
+
+def test_fewer_than_two_differences_say_nothing() -> None:
+    mine, noise, _ = low_rank_task(1, None)
+    assert aligned(MANY, mine, -mine, 1, 0.05, noise[:1])
+    assert not aligned(MANY, mine, -mine, 1, 0.05, noise)
+    assert aligned(MANY, mine, mine, 1, 0.05, noise)
+
+
+def test_more_tasks_to_choose_from_ask_for_more_alignment() -> None:
+    mine, noise, base = low_rank_task(3, None)
+    weak = low_rank_task(5, 0.25 * base)[0]
+    passed = [aligned(MANY, mine, weak, arms, 0.05, noise) for arms in (1, 10**12)]
+    assert passed == sorted(passed, reverse=True)

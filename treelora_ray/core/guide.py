@@ -34,12 +34,13 @@ from treelora_ray.core.layout import FloatArray, IntArray, Layout
 from treelora_ray.core.merge import Merge, Slots
 from treelora_ray.core.nodes import NodeStats
 from treelora_ray.core.released import ReleasedSearch
-from treelora_ray.core.signature import Sketch, apart, directions, related_layers
+from treelora_ray.core.signature import Sketch, aligned, apart, directions, related_layers
 from treelora_ray.core.state import Choice, Current, Inserted, Snapshot
 from treelora_ray.core.store import SignatureStore
 from treelora_ray.core.tree import Tree
 
 SNAPSHOT_VERSION = 1
+MOST_DIFFERENCES = 16  # between probe gradients, kept for the relatedness gate
 
 
 class Guide:
@@ -120,6 +121,12 @@ class Guide:
             return now.history.get(step, np.empty(0, np.int64)).copy()
         now.gradient += sketched
         now.rounds += 1
+        if now.before is None:
+            now.before = sketched.clone()
+        else:
+            if len(now.differences) < MOST_DIFFERENCES:
+                now.differences.append(now.before - sketched)
+            now.before = None
         compared = np.empty(0, np.int64)
         if now.search is not None:
             seen = now.gradient / now.rounds if isinstance(now.search, BestFirstTreeLCB) else sketched
@@ -226,7 +233,14 @@ class Guide:
             leaning = self.store.rows.segments(task)
             near = related_layers(self.layout, mean, leaning, self.config.distance, len(self.store), self.config.gate)
             related &= near.numpy()
+            for arm in np.unique(task[related]):
+                related[task == arm] &= self._aligned(now, mean, int(arm))
         return Choice(task, distance, related)
+
+    def _aligned(self, now: Current, mean: Tensor, arm: int) -> bool:
+        whole = self.store.rows.segments(np.full(len(self.layout), arm))
+        noise = torch.stack(now.differences) if now.differences else torch.empty(0, self.layout.total)
+        return aligned(self.layout, mean, whole, len(self.store), self.config.gate, noise)
 
     def insert(self, signature: Tensor | None = None, task: str | None = None, attempt: int | None = None) -> Inserted:
         """Stores the task in progress; without a signature, by the mean of its probe gradients."""

@@ -178,3 +178,27 @@ def related_layers(layout: Layout, x: Tensor, y: Tensor, distance: Distance, arm
         return (spread > 0) & (seen < mean + quantile * spread)
 
     return layout.per_layer(nearer, x, y)
+
+
+def aligned(layout: Layout, x: Tensor, y: Tensor, arms: int, level: float, differences: Tensor) -> bool:
+    """Whether two direction vectors agree over all layers by more than chance allows their kind of values.
+
+    Signs of single values are too free a null for gradients, whose values hang together. What chance allows is read
+    off the task's own noise: differences [n, total] of gradients of its mini-batches, two by two, so that the task
+    itself drops out. Their squared cosines, in the mean, are the variance of the cosine of vectors that have nothing
+    in common but what they are made of. True for fewer than two differences, which say nothing.
+    """
+    if len(differences) < 2:
+        return True
+    n, layers = len(differences), len(layout)
+    cosines = layout.per_layer(_cosines, torch.cat([differences, x[None], y[None]]))  # [n + 2, n + 2, L]
+    among = cosines[:n, :n].square().mean(-1)
+    variance = float((among.sum() - among.diagonal().sum()) / (n * (n - 1))) / layers
+    quantile = -float(torch.special.ndtri(torch.tensor(level / arms, dtype=torch.float64)))
+    return float(cosines[n, n + 1].mean()) > quantile * variance**0.5
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """[n, count, size] -> [n, n, count]; 0 where a vector is 0."""
+    unit = torch.nn.functional.normalize(vectors.double(), dim=-1)
+    return torch.einsum("ics,jcs->ijc", unit, unit)

@@ -69,6 +69,8 @@ class Current:
     exact: bool  # few enough tasks that every probe round compares with all of them
     gradient: Tensor  # sum of the probe gradients, [total]
     steps_per_epoch: int | None = None  # of this task, where it brings its own
+    before: Tensor | None = None  # gradient of the last round, where it waits for the next
+    differences: list[Tensor] = field(default_factory=list)  # of the gradients of two rounds each
     rounds: int = 0
     step: int = -1  # last step observed
     seen: int = 0  # checksum of what it brought
@@ -80,10 +82,15 @@ class Current:
         plain = {key: getattr(self, key) for key in ("name", "attempt", "steps_per_epoch", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
         history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
-        return {**plain, "offered": offered, "history": history, "committed": self.choice is not None}
+        noise = {"waits": self.before is not None, "differences": len(self.differences)}
+        return {**plain, **noise, "offered": offered, "history": history, "committed": self.choice is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"current.gradient": self.gradient.clone()}
+        if self.before is not None:
+            tensors["current.before"] = self.before.clone()
+        if self.differences:
+            tensors["current.differences"] = torch.stack(self.differences)
         if self.search is not None:
             tensors |= {f"search.{key}": value for key, value in self.search.tensors().items()}
         arrays = {} if self.offered is None else {"arms": self.offered[1]}
@@ -96,6 +103,8 @@ class Current:
         self.rounds, self.step, self.seen = data["rounds"], data["step"], data["seen"]
         self.gradient = own["gradient"].clone()
         self.history = {step: np.array(tasks, np.int64) for step, tasks in data["history"]}
+        self.before = own["before"].clone() if data["waits"] else None
+        self.differences = list(own["differences"].clone()) if data["differences"] else []
         arrays = {key: value.numpy().copy() for key, value in own.items()}
         if self.search is not None:
             self.search.load(search)

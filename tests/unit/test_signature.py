@@ -418,8 +418,8 @@ def test_values_that_hang_together_pass_for_related_no_more_often_than_the_level
         mine, noise, base = low_rank_task(key, None)
         other, relative = low_rank_task(1000 + key, None)[0], low_rank_task(2000 + key, base)[0]
         passed.append(aligned(MANY, mine, other, 1, 0.05, noise))
-        unit = [directions(MANY, vector, "cosine") for vector in (mine, other)]
-        naive.append(float(related_layers(MANY, *unit, "cosine", 1, 0.05).float().mean()))  # type: ignore[misc]
+        here, there = directions(MANY, mine, "cosine"), directions(MANY, other, "cosine")
+        naive.append(float(related_layers(MANY, here, there, "cosine", 1, 0.05).float().mean()))
         found.append(aligned(MANY, mine, relative, 1, 0.05, noise))
     assert mean(passed) <= 0.1
     assert mean(naive) > 0.15  # what signs of single values make of the same tasks

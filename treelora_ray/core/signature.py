@@ -195,7 +195,7 @@ def aligned(layout: Layout, x: Tensor, y: Tensor, arms: int, level: float, diffe
     among = cosines[:n, :n].square().mean(-1)
     variance = float((among.sum() - among.diagonal().sum()) / (n * (n - 1))) / layers
     quantile = -float(torch.special.ndtri(torch.tensor(level / arms, dtype=torch.float64)))
-    return float(cosines[n, n + 1].mean()) > quantile * variance**0.5
+    return bool(float(cosines[n, n + 1].mean()) > quantile * variance**0.5)
 
 
 def _cosines(vectors: Tensor) -> Tensor:

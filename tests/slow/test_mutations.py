@@ -124,9 +124,9 @@ MUTATIONS = {
     ),
     "the gate forgets how many arms there were": (
         "signature.py",
-        "torch.tensor(level / arms,",
-        "torch.tensor(level + 0 * arms,",
-        "test_guide.py::test_at_most_a_tenth_of_the_layers_of_unrelated_tasks_pass_for_related",
+        "quantile = float(torch.special.ndtri(torch.tensor(level / arms,",
+        "quantile = float(torch.special.ndtri(torch.tensor(level + 0 * arms,",
+        "test_signature.py::test_few_layers_pass_when_the_nearest_of_unrelated_tasks_is_chosen",
     ),
     "large groups look near": (
         "bandit.py",

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint types test test-slow format bench clean
+.PHONY: help setup demo lint types test test-slow golden format bench clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -43,6 +43,9 @@ test: lint types  ## Lint, types and the fast tests, with 95% branch coverage of
 # pytest exits with 5 when it collects no test, which is no failure here.
 test-slow: $(STAMP)  ## The slow tests
 	@$(BIN)/pytest -m slow || { code=$$?; test $$code -eq 5 || exit $$code; echo "There are no slow tests."; }
+
+golden: $(STAMP)  ## Write the losses anew that the golden tests expect
+	TREELORA_GOLDEN=write $(BIN)/pytest --quiet tests/golden
 
 format: $(STAMP)  ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix

@@ -10,7 +10,7 @@ from treelora_ray.core.errors import SettingError
 def test_the_three_modes_are_what_their_page_says() -> None:
     ours, paper, released = GuideConfig.of(), GuideConfig.of("paper"), GuideConfig.of("released", steps_per_epoch=9)
     assert (ours.signature, ours.distance, ours.tree, ours.observe) == ("anchor", "cosine", "linkage", "probe")
-    assert (ours.search, ours.pulls_per_round, ours.width, ours.gate) == ("tree-lcb", 32, "noise", 0.05)
+    assert (ours.search, ours.pulls_per_round, ours.width, ours.gate) == ("tree-lcb", 32, "noise", 0.02)
     assert (paper.signature, paper.distance, paper.tree, paper.observe) == ("delta", "l1", "kd-radius", "step")
     assert (paper.pulls_per_round, paper.lcb_c, paper.width, paper.gate) == (1, 2.0, "paper", 0.0)
     assert (paper.sketch_dim, paper.tree_update, paper.merge_signatures) == (None, "rebuild", True)

@@ -417,10 +417,11 @@ def test_values_that_hang_together_pass_for_related_no_more_often_than_the_level
     for key in range(1, 121):
         mine, noise, base = low_rank_task(key, None)
         other, relative = low_rank_task(1000 + key, None)[0], low_rank_task(2000 + key, base)[0]
-        passed.append(aligned(MANY, mine, other, 1, 0.05, noise))
+        by_chance, by_kin = aligned(MANY, mine, torch.stack([other, relative]), 0.05, noise).tolist()
+        passed.append(by_chance)
         here, there = directions(MANY, mine, "cosine"), directions(MANY, other, "cosine")
         naive.append(float(related_layers(MANY, here, there, "cosine", 1, 0.05).float().mean()))
-        found.append(aligned(MANY, mine, relative, 1, 0.05, noise))
+        found.append(by_kin)
     assert mean(passed) <= 0.1
     assert mean(naive) > 0.15  # what signs of single values make of the same tasks
     assert mean(found) >= 0.99
@@ -428,13 +429,23 @@ def test_values_that_hang_together_pass_for_related_no_more_often_than_the_level
 
 def test_fewer_than_two_differences_say_nothing() -> None:
     mine, noise, _ = low_rank_task(1, None)
-    assert aligned(MANY, mine, -mine, 1, 0.05, noise[:1])
-    assert not aligned(MANY, mine, -mine, 1, 0.05, noise)
-    assert aligned(MANY, mine, mine, 1, 0.05, noise)
+    others = torch.stack([mine, -mine])
+    assert aligned(MANY, mine, others, 0.05, noise[:1]).tolist() == [True, True]
+    assert aligned(MANY, mine, others, 0.05, noise).tolist() == [True, False]
+
+
+def test_noise_that_leans_on_the_other_tasks_asks_for_more_alignment() -> None:
+    """Differences that have little in common with each other, and much with a stored task, warn of that task."""
+    generator = torch.Generator().manual_seed(4)
+    stored, free = (torch.randn(n, MANY.total, generator=generator) for n in (2, 8))
+    mine = stored[0] + 2 * torch.randn(MANY.total, generator=generator)
+    assert aligned(MANY, mine, stored, 0.05, free).tolist() == [True, False]
+    signs = torch.tensor([1.0, -1.0] * 4)[:, None]
+    assert not aligned(MANY, mine, stored, 0.05, free + signs * stored[0]).any()
 
 
 def test_more_tasks_to_choose_from_ask_for_more_alignment() -> None:
     mine, noise, base = low_rank_task(3, None)
     weak = low_rank_task(5, 0.25 * base)[0]
-    passed = [aligned(MANY, mine, weak, arms, 0.05, noise) for arms in (1, 10**12)]
+    passed = [bool(aligned(MANY, mine, weak[None], 0.05 / arms, noise)) for arms in (1, 10**12)]
     assert passed == sorted(passed, reverse=True)

@@ -35,7 +35,7 @@ class GuideConfig:
     lcb_c: float = 1.0
     width: Width = "noise"
     commit: Commit = "layer"
-    gate: float = 0.05  # chance that an unrelated task passes for related at a layer; 0 turns the test off
+    gate: float = 0.02  # chance that an unrelated task passes for related at a layer; 0 turns the test off
     budget: int | None = None  # adapters kept; above it the nearest two merge
     merge_signatures: bool = False  # merged tasks share one averaged signature
     steps_per_epoch: int | None = None  # released mode only

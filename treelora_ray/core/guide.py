@@ -233,14 +233,13 @@ class Guide:
             leaning = self.store.rows.segments(task)
             near = related_layers(self.layout, mean, leaning, self.config.distance, len(self.store), self.config.gate)
             related &= near.numpy()
-            for arm in np.unique(task[related]):
-                related[task == arm] &= self._aligned(now, mean, int(arm))
+            related &= np.isin(task, candidates[self._aligned(now, mean, candidates).numpy()])
         return Choice(task, distance, related)
 
-    def _aligned(self, now: Current, mean: Tensor, arm: int) -> bool:
-        whole = self.store.rows.segments(np.full(len(self.layout), arm))
+    def _aligned(self, now: Current, mean: Tensor, candidates: IntArray) -> Tensor:
+        others = torch.stack([self.store.rows.segments(np.full(len(self.layout), arm)) for arm in candidates])
         noise = torch.stack(now.differences) if now.differences else torch.empty(0, self.layout.total)
-        return aligned(self.layout, mean, whole, len(self.store), self.config.gate, noise)
+        return aligned(self.layout, mean, others, self.config.gate / len(self.store), noise)
 
     def insert(self, signature: Tensor | None = None, task: str | None = None, attempt: int | None = None) -> Inserted:
         """Stores the task in progress; without a signature, by the mean of its probe gradients."""

@@ -180,22 +180,25 @@ def related_layers(layout: Layout, x: Tensor, y: Tensor, distance: Distance, arm
     return layout.per_layer(nearer, x, y)
 
 
-def aligned(layout: Layout, x: Tensor, y: Tensor, arms: int, level: float, differences: Tensor) -> bool:
-    """Whether two direction vectors agree over all layers by more than chance allows their kind of values.
+def aligned(layout: Layout, x: Tensor, others: Tensor, level: float, differences: Tensor) -> Tensor:
+    """Which of other direction vectors [k, total] agree with x over all layers by more than chance allows: bool [k].
 
     Signs of single values are too free a null for gradients, whose values hang together. What chance allows is read
     off the task's own noise: differences [n, total] of gradients of its mini-batches, two by two, so that the task
-    itself drops out. Their squared cosines, in the mean, are the variance of the cosine of vectors that have nothing
-    in common but what they are made of. True for fewer than two differences, which say nothing.
+    itself drops out. Their squared cosines, among themselves and with the others, are in the mean the variance of the
+    cosine of vectors that have nothing in common but what they are made of; the larger of both counts. All are True
+    for fewer than two differences, which say nothing.
     """
     if len(differences) < 2:
-        return True
+        return torch.ones(len(others), dtype=torch.bool)
     n, layers = len(differences), len(layout)
-    cosines = layout.per_layer(_cosines, torch.cat([differences, x[None], y[None]]))  # [n + 2, n + 2, L]
+    cosines = layout.per_layer(_cosines, torch.cat([differences, x[None], others]))  # [n + 1 + k, n + 1 + k, L]
     among = cosines[:n, :n].square().mean(-1)
-    variance = float((among.sum() - among.diagonal().sum()) / (n * (n - 1))) / layers
-    quantile = -float(torch.special.ndtri(torch.tensor(level / arms, dtype=torch.float64)))
-    return bool(float(cosines[n, n + 1].mean()) > quantile * variance**0.5)
+    own = float((among.sum() - among.diagonal().sum()) / (n * (n - 1))) / layers
+    with_others = float(cosines[:n, n + 1 :].mean(-1).square().mean())
+    quantile = -float(torch.special.ndtri(torch.tensor(level, dtype=torch.float64)))
+    agree: Tensor = cosines[n, n + 1 :].mean(-1) > quantile * max(own, with_others) ** 0.5
+    return agree
 
 
 def _cosines(vectors: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from treelora_ray.data.rows import MemoryRows
 from treelora_ray.data.task import Task, TaskStream
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.catalogue import make
-from treelora_ray.methods.learner import Comm, Learner
+from treelora_ray.methods.comm import Comm
+from treelora_ray.methods.learner import Learner
 from treelora_ray.models.backbone import load_model
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from treelora_ray.config import ConfigError, RunConfig, differences, from_mapping, load, run_name
+from treelora_ray.core.guide import Guide
 from treelora_ray.core.layout import FloatArray
 from treelora_ray.data.rows import MemoryRows, Rows
 from treelora_ray.data.stream import open_stream
@@ -21,7 +22,9 @@ from treelora_ray.data.task import TaskStream
 from treelora_ray.files import write_atomically
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.catalogue import make
-from treelora_ray.methods.learner import Comm, Learner
+from treelora_ray.methods.comm import Comm
+from treelora_ray.methods.guides import MakeGuide
+from treelora_ray.methods.learner import Learner
 from treelora_ray.models.backbone import load_model
 from treelora_ray.training.errors import RunError
 from treelora_ray.training.evaluate import Answers, Evaluator
@@ -84,11 +87,10 @@ class Run:
         found = checkpoints.load(lambda _: None)
         if found is None:
             raise RunError(f"run {self.folder} has no checkpoint: go on with `treelora train`")
-        tensors, meta, slots = found
-        if meta["step"] is not None:
+        if found.meta["step"] is not None:
             raise RunError(f"run {self.folder} is in the middle of a task: finish it with `treelora train` first")
-        method = assemble(self.config, meta["kind"])
-        restore(method, tensors, meta, slots)
+        method = assemble(self.config, found.meta["kind"])
+        restore(method, found.tensors, found.meta, found.slots)
         return method
 
     def predict(self, rows: Rows | Mapping[str, Sequence[Any]], routing: str | None = None) -> Answers:
@@ -120,36 +122,57 @@ def run(
     allow: Sequence[str] = (),
     listener: Listener | None = None,
     stop: Callable[[], bool] = lambda: False,
-    comm: Comm | None = None,
 ) -> Run:
     """Learns the config's stream, from the run's last checkpoint where there is one.
 
-    `allow`: keys in which the config may differ from the one the run began with.
+    In this process, or by Ray workers where `cluster.workers` says so. `allow`: keys in which the config may differ
+    from the one the run began with.
     """
     config = _as_config(config)
     listener = listener or Listener()
-    stream = open_stream(config.stream, config.seed)
-    folder = Path(config.folder) / run_name(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), torch.random.fork_rng(), _threads(config.train.threads):
+    folder = Path(config.folder).absolute() / run_name(config)
+    with _locked(folder):
         _require_same_config(folder, config, allow, listener)
-        method = assemble(config, stream.kind, comm)
+        if config.cluster.workers == 0:
+            learn(config, folder, listener=listener, stop=stop)
+        else:
+            from treelora_ray.cluster.run import train  # the only way from here to ray
+
+            train(config, folder, listener, stop)
+    return Run(Path(config.folder) / run_name(config))
+
+
+def learn(
+    config: RunConfig,
+    folder: Path,
+    *,
+    listener: Listener,
+    stop: Callable[[], bool] = lambda: False,
+    comm: Comm | None = None,
+    make_guide: MakeGuide = Guide,
+) -> None:
+    """What each worker of a run does, and the only one where there are no others."""
+    stream = open_stream(config.stream, config.seed)
+    threads = config.train.threads or (config.cluster.cpus_per_worker if config.cluster.workers else None)
+    with torch.random.fork_rng(), _threads(threads):
+        method = assemble(config, stream.kind, comm, make_guide)
         stream_run = StreamRun(config, stream, method, folder, listener, stop)
-        if stream_run.resume():
-            _require_whole(folder, config, stream_run)
-            listener.note(f"going on with {folder}, {stream_run.done} of {len(stream_run.units)} units learnt")
-        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        resumed = stream_run.resume()
+        if stream_run.leads:
+            if resumed:
+                _require_whole(folder, config, stream_run)
+                listener.note(f"going on with {folder}, {stream_run.done} of {len(stream_run.units)} units learnt")
+            write_atomically(folder / "config.yaml", config.to_yaml().encode())
         stream_run.go()
-    return Run(folder)
 
 
-def assemble(config: RunConfig, kind: str, comm: Comm | None = None) -> Method:
+def assemble(config: RunConfig, kind: str, comm: Comm | None = None, make_guide: MakeGuide = Guide) -> Method:
     """Model, learner and method of a config, as they are before the first task."""
     wanted = "causal-lm" if kind == "prompt" else "classification"
     if config.objective.kind not in ("auto", wanted):
         raise ConfigError(f"objective.kind is {config.objective.kind}, but the stream of {kind}s is for {wanted}")
     model = load_model(config.model, kind, config.seed)
-    return make(Learner(config, model, comm))
+    return make(Learner(config, model, comm, make_guide))
 
 
 def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
@@ -160,6 +183,8 @@ def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    """One process trains in a folder at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

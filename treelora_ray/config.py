@@ -157,6 +157,35 @@ class EvaluateConfig(Section):
     """Also score tasks not learnt yet (forward transfer)."""
 
 
+class ClusterConfig(Section):
+    workers: Annotated[int, Field(ge=0)] | tuple[Positive, Positive] = 0
+    """Ray workers that train together; 0: learn in this process, without Ray. [least, most]: as many as there is room
+    for, changing while the run goes on. `train.batch` counts over all of them."""
+    cpus_per_worker: Positive = 1
+    """CPUs each worker asks for; also its threads, unless `train.threads` says otherwise."""
+    gpus_per_worker: Annotated[int, Field(ge=0)] = 0
+    """GPUs each worker asks for."""
+    address: str = "auto"
+    """auto: the cluster this machine belongs to, else one started here for the run. local: always one started here.
+    Or host:port of a cluster's head, or ray://host:port."""
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How workers are placed on nodes."""
+    wait: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for resources that an autoscaler may bring; without one a run that cannot start ends at once."""
+    max_failures: Annotated[int, Field(ge=0)] = 8
+    """Failures of workers, guide or controller after which the run gives up; each is resumed from the last
+    checkpoint."""
+    guide_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds a worker waits for an answer of the guide."""
+
+    @field_validator("workers")
+    @classmethod
+    def _ordered(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[{value[0]}, {value[1]}] is no range: write the smaller number first")
+        return value
+
+
 class Options(Section):
     """Options of a method; `methods/options.py` has those of each."""
 
@@ -177,6 +206,7 @@ class RunConfig(Section):
     method: SerializeAsAny[Options] = Field(default_factory=lambda: _method({}), validate_default=True)
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -190,7 +220,7 @@ class RunConfig(Section):
     @property
     def digest(self) -> str:
         """Of all that results depend on."""
-        data = {k: v for k, v in _flat(self.model_dump(mode="json", by_alias=True)).items() if k not in FREE_KEYS}
+        data = {k: v for k, v in _flat(self.model_dump(mode="json", by_alias=True)).items() if not _is_free(k)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -221,8 +251,12 @@ class ConfigError(ValueError):
 FREE_KEYS = (
     "name", "folder",  # where it lies
     "train.checkpoint_every", "train.threads",  # when it is saved, how fast it runs
-    "evaluate.batch", "model.device",  # how it is computed
+    "evaluate.batch", "model.device",  # how it is computed; likewise all of `cluster`
 )  # fmt: skip
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.startswith("cluster.")
 
 
 def presets() -> list[str]:
@@ -403,11 +437,11 @@ def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def differences(old: RunConfig, new: RunConfig, free: Sequence[str] = FREE_KEYS) -> list[str]:
-    """`key: old -> new` for each key in which two configs differ, without those of `free`."""
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`key: old -> new` for each key that matters in which two configs differ."""
     one, other = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
     changed = [key for key in one | other if one.get(key) != other.get(key)]
-    return [f"{key}: {one.get(key)!r} -> {other.get(key)!r}" for key in changed if key not in free]
+    return [f"{key}: {one.get(key)!r} -> {other.get(key)!r}" for key in changed if not _is_free(key)]
 
 
 def run_name(config: RunConfig) -> str:

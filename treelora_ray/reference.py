@@ -36,7 +36,7 @@ def reference() -> str:
         fields = {field.alias or key: field for key, field in options.model_fields.items() if key != "name"}
         text = " ".join((options.__doc__ or "").split())
         parts.append(_table(f"`method` with `name: {name}`", fields, "method.", text))
-    free = ", ".join(f"`{key}`" for key in FREE_KEYS)
+    free = ", ".join(f"`{key}`" for key in (*FREE_KEYS, "cluster.*"))
     parts.append(
         "## Which settings are a run's identity\n\nAll of them, so that a run goes on under the settings it began"
         f" with; but for {free}, on which results do not depend. `--allow-change KEY` lets `train.*`, `evaluate.*`, "

@@ -152,7 +152,7 @@ class Together:
     """Workers in threads that add up their tensors."""
 
     def __init__(self, workers: int) -> None:
-        self.barrier, self.parts = threading.Barrier(workers), [torch.empty(0)] * workers
+        self.barrier, self.parts = threading.Barrier(workers), list[Any]([None] * workers)
 
     def comm(self, rank: int) -> Any:
         barrier, parts = self.barrier, self.parts
@@ -168,6 +168,16 @@ class Together:
                 barrier.wait(60)
                 tensor.copy_(total)
 
+            def gather(self, value: Any) -> list[Any]:
+                parts[rank] = value
+                barrier.wait(60)
+                found = list(parts)
+                barrier.wait(60)
+                return found
+
+            def share(self, value: Any) -> Any:
+                return self.gather(value)[0]
+
         return Comm()
 
 
@@ -176,7 +186,7 @@ def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, back
     alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2)
     group = Together(4)
     workers = [
-        recorder(tmp_path / str(rank), backbone, VARIANTS[variant], tasks=2, comm=group.comm(rank)) for rank in range(4)
+        recorder(tmp_path / "four", backbone, VARIANTS[variant], tasks=2, comm=group.comm(rank)) for rank in range(4)
     ]
     threads = [threading.Thread(target=worker.go, daemon=True) for worker in workers]
     for thread in threads:
@@ -185,6 +195,7 @@ def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, back
         thread.join(120)
     assert [len(worker.thetas) for worker in workers] == [12] * 4
     for worker in workers:
+        assert worker.scores == alone.scores
         for own, theirs in zip(alone.thetas, worker.thetas, strict=True):
             torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 

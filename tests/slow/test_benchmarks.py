@@ -50,3 +50,16 @@ def test_the_regret_of_the_tree_search_grows_at_most_half_as_fast_as_that_of_the
 
 def test_the_families_benchmark_prints_its_table() -> None:
     assert "| kd-radius, best level |" in run("families.py", "--quick", "--seeds", "1")
+
+
+def test_the_stream_benchmark_prints_its_tables_and_a_step_costs_what_a_plain_one_does(tmp_path: Path) -> None:
+    out = tmp_path / "stream.json"
+    printed = run("stream.py", "--quick", "--out", str(out))
+    assert "| seqlora, routed |" in printed
+    result: dict[str, Any] = json.loads(out.read_text())
+    scores = {name: values[0] for name, values in result["scores"].items()}
+    assert scores["treelora"] > scores["seqlora, routed"] > scores["seqlora"]
+    assert scores["treelora"] > scores["independent"] - 3
+    assert len(result["speed"]) == 12
+    for ratios in result["step_cost"].values():
+        assert np.median(ratios) < 1.15

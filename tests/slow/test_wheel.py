@@ -34,5 +34,5 @@ def test_the_wheel_learns_a_stream_in_an_empty_environment(tmp_path: Path) -> No
         assert "ok: run" in run([treelora, "config", "check", preset], elsewhere)
     assert "treelora: " in run([treelora, "methods"], elsewhere)
     said = run([treelora, "train", "quickstart", "stream.tasks=2", "train.steps=20", "name=two"], elsewhere, **cache)
-    assert "combed-0" in said
+    assert "halves-0" in said
     assert (elsewhere / "runs" / "two" / "adapters" / "rotated-0" / "adapter_model.safetensors").is_file()

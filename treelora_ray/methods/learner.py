@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from treelora_ray.config import RunConfig
+from treelora_ray.core.guide import Guide
 from treelora_ray.core.layout import Layout
 from treelora_ray.data.batches import BatchPlan
 from treelora_ray.data.images import naming
 from treelora_ray.data.task import Task
+from treelora_ray.methods.comm import Alone, Comm
+from treelora_ray.methods.guides import MakeGuide
 from treelora_ray.models.backbone import CausalModel, Model
 from treelora_ray.models.head import Head
 from treelora_ray.models.router import ClassSums, Router
@@ -31,23 +34,6 @@ from treelora_ray.objectives.classification import Classification
 Ref = tuple[int, int]  # (task, row of its training data)
 
 
-class Comm(Protocol):
-    """The workers that train together."""
-
-    rank: int
-    workers: int
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Adds up a tensor over all workers, in place."""
-
-
-class Alone:
-    rank, workers = 0, 1
-
-    def sum_(self, tensor: Tensor) -> None:
-        """Nothing to add."""
-
-
 @dataclass
 class Effort:
     """What a task has cost: seconds by phase, and what counts as steps."""
@@ -56,7 +42,7 @@ class Effort:
     steps: int = 0
     probe_rounds: int = 0
     queries: int = 0
-    pass_batches: int = 0
+    pass_rows: int = 0
 
     def __post_init__(self) -> None:
         self._within: list[float] = []  # seconds that inner phases have taken of each phase under way
@@ -76,8 +62,10 @@ class Effort:
 
 
 class Learner:
-    def __init__(self, config: RunConfig, model: Model, comm: Comm | None = None) -> None:
-        self.config, self.model, self.comm = config, model, comm or Alone()
+    def __init__(
+        self, config: RunConfig, model: Model, comm: Comm | None = None, make_guide: MakeGuide = Guide
+    ) -> None:
+        self.config, self.model, self.comm, self.make_guide = config, model, comm or Alone(), make_guide
         self.layout = Layout.of(model.layers)
         self.device = model.device
         self.anchor = self.layout.flatten(model.layers).clone()  # A as drawn from the seed, B = 0
@@ -222,46 +210,47 @@ class Learner:
     # -- looking at a task before it is learnt
 
     def meet(self, task: int) -> None:
-        """One pass of the frozen model over a task's training rows: routing statistics and class means.
-
-        Every row is seen once, whatever the number of workers.
-        """
+        """One pass of the frozen model over a task's training rows: routing statistics and class means."""
         data = self.tasks[task]
         if task < len(self.infos):
             return
-        sums = self._sums(data, self.frozen_features)
+        sums = self._sums(task, range(len(data.train)), self.frozen_features)
         self.infos.append(TaskInfo(data.name, tuple(data.labels), data.score))
         self.router.add(task, sums)
         self.means[task] = sums.means.float()
         if data.labels:
             self.head.grow(data.labels, sums.means)
 
-    def _sums(self, data: Task, features: Callable[[Any], Tensor]) -> ClassSums:
-        """Of the features of all training rows of a task, over all workers."""
+    def _sums(self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]) -> ClassSums:
+        """Of the features of a task's training rows, each seen once whatever the number of workers."""
+        data, batch = self.tasks[task], self.config.evaluate.batch
         sums = ClassSums(max(len(data.labels), 1), self.model.width, self.device)
-        batch = self.config.evaluate.batch
-        own = range(self.comm.rank, len(data.train), self.comm.workers)
+        own = rows[self.comm.rank :: self.comm.workers]
         with torch.no_grad(), self.effort.timed("statistics"):
             for at in range(0, len(own), batch):
                 part = own[at : at + batch]
-                rows = data.train.take(part)
-                count = len(next(iter(rows.values())))
-                labels = [data.labels.index(label) for label in rows["label"]] if data.labels else [0] * count
-                with naming(lambda place, part=part: data.train.where(part[place]), rows):  # type: ignore[misc]
-                    found = features(rows)
+                taken = data.train.take(part)
+                count = len(next(iter(taken.values())))
+                labels = [data.labels.index(label) for label in taken["label"]] if data.labels else [0] * count
+                with naming(lambda place, part=part: data.train.where(part[place]), taken):  # type: ignore[misc]
+                    found = features(taken)
                 sums.add(found, torch.tensor(labels, device=self.device))
-                self.effort.pass_batches += 1
+                self.effort.pass_rows += count
             self.comm.sum_(sums.flat)
         return sums
 
-    def restart_head(self) -> None:
+    def restart_head(self, refs: Sequence[Ref]) -> None:
         """The unit's rows of the head start at class means of features through the adapter as it is now.
 
-        A warm adapter has moved the features: means of frozen ones would belong to another model.
+        A warm adapter has moved the features: means of frozen ones would belong to another model. The means are over
+        the given rows, or over all where these lack a class.
         """
         for task in self.unit:
             if self.tasks[task].labels:
-                self.head.restart(task, self._sums(self.tasks[task], self.features).means)
+                sums = self._sums(task, sorted({row for other, row in refs if other == task}), self.features)
+                if not bool((sums.counts > 0).all()):
+                    sums = self._sums(task, range(len(self.tasks[task].train)), self.features)
+                self.head.restart(task, sums.means)
         if self.rows:
             with torch.no_grad():
                 self.head_parameter.copy_(self.head.take(self.rows))

@@ -18,14 +18,13 @@ from torch import Tensor
 from treelora_ray.config import Options
 from treelora_ray.core.config import GuideConfig
 from treelora_ray.core.errors import SettingError
-from treelora_ray.core.guide import Guide
 from treelora_ray.core.layout import IntArray, Layout
 from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.penalty import AdapterPull, DirectionPull, InnerPull, Strength
 from treelora_ray.core.signature import Accumulator, directions, layer_distances
 from treelora_ray.core.state import Choice, Snapshot
 from treelora_ray.methods.base import Method, register
-from treelora_ray.methods.learner import Learner
+from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import TreeLoraOptions
 
 NOTHING = -1
@@ -62,7 +61,7 @@ class TreeLora(Method):
         self.options, self.settings = options, guide_settings(options, learner.config.seed)
         self.start = options.start or ("similar" if self.settings.observe == "probe" else "previous")
         self.places, signatures = self._signature_layout()
-        self.guide = Guide(signatures, self.settings)
+        self.guide = learner.make_guide(signatures, self.settings)
         self.bank: AdapterBank = AdapterBank(learner.layout)
         self.choice: Choice | None = None
         self.running: Accumulator | None = None
@@ -95,24 +94,26 @@ class TreeLora(Method):
         self.choice, self.running, self.density = None, None, []
         self.arms = np.empty(0, np.int64)
         if options.mode == "treelora":
-            self._probe()
+            probed = self._probe()
         learner.adapter.copy_(previous if self.start == "previous" else learner.anchor)
         if self.choice is not None and self.start == "similar":
             self.bank.segments(self.choice.warm.tolist(), out=learner.adapter)
             if (self.choice.warm >= 0).any():
-                learner.restart_head()
+                learner.restart_head(probed)
         self._ready()
 
-    def _probe(self) -> None:
-        """Mean gradients at the anchor, on mini-batches of their own; they count as steps."""
+    def _probe(self) -> list[Ref]:
+        """Mean gradients at the anchor, on mini-batches of their own, which count as steps; the rows seen."""
         learner, rounds = self.learner, self.options.probe_rounds
         plan = learner.plan("probe", self.options.probe_batch, epochs=rounds)
         means, total = learner.anchor_means(), torch.zeros(len(self.places), device=learner.device)
         learner.adapter.copy_(learner.anchor)
+        seen: list[Ref] = []
         with learner.effort.timed("probe"):
             for step in range(rounds):
-                drawn = learner.refs(plan.at(step))[learner.comm.rank :: learner.comm.workers]
-                gradient = self._gradient_at_anchor(drawn, means)
+                drawn = learner.refs(plan.at(step))
+                seen += drawn
+                gradient = self._gradient_at_anchor(drawn[learner.comm.rank :: learner.comm.workers], means)
                 total += gradient
                 if self.settings.observe == "probe":
                     self.guide.probe(step, gradient)
@@ -122,6 +123,7 @@ class TreeLora(Method):
         if self.settings.observe == "query":
             self.running = Accumulator(self.guide.full_layout, "anchor")
             self.running.add(total / rounds)
+        return seen
 
     def _gradient_at_anchor(self, drawn: list[tuple[int, int]], means: Tensor | None) -> Tensor:
         """[signature] of one mini-batch, a mean over all workers."""
@@ -298,9 +300,10 @@ class TreeLora(Method):
         inner = {name.removeprefix("guide."): value for name, value in tensors.items() if name.startswith("guide.")}
         self.guide.restore(Snapshot(inner, data["guide"]))
         self.arms = tensors["arms"].numpy() if "arms" in tensors else np.empty(0, np.int64)
-        if self.guide.current is None:
+        current = data["guide"]["current"]
+        if current is None:
             return
-        self.choice = self.guide.current.choice
+        self.choice = self.guide.commit() if current["committed"] else None
         self._ready()
         if isinstance(self.pull, DirectionPull):
             start = tensors["start"].to(self.learner.device)

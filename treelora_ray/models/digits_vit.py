@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,25 +14,26 @@ import numpy as np
 
 from treelora_ray.files import cache_folder
 
-VERSION = 1  # a change of the recipe makes a new folder
-STEPS, BATCH = 600, 64
+VERSION = 2  # a change of the recipe makes a new folder
+STEPS, BATCH = 1000, 64
 
 
 def digits_vit_folder() -> Path:
-    """A folder that transformers loads, made where it is missing."""
+    """A folder that transformers loads, made where it is missing: by one process, for which others wait."""
     folder = cache_folder() / f"digits-vit-{VERSION}"
-    if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".digits-vit-", dir=folder.parent))
-        try:
-            _make(temporary)
-            temporary.chmod(0o755)
-            os.rename(temporary, folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, with the same result
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "config.json").is_file():
+            temporary = Path(tempfile.mkdtemp(prefix=".digits-vit-", dir=folder.parent))
+            try:
+                _make(temporary)
+                temporary.chmod(0o755)
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -61,11 +63,11 @@ def _make(folder: Path) -> None:
 
 
 def _pretrain() -> Any:
-    """Which digit is it, and which of a few orientations does it have?"""
+    """Which digit is it, whatever frame it stands in?"""
     import torch
     from transformers import ViTConfig, ViTModel
 
-    from treelora_ray.data.digits import draw, spoil
+    from treelora_ray.data.digits import draw, frames, spoil
 
     config = ViTConfig(
         image_size=16, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -77,7 +79,7 @@ def _pretrain() -> Any:
     rng = np.random.default_rng(1)
     for _ in range(STEPS):
         digits = rng.integers(0, 10, BATCH)
-        pictures = spoil(draw(digits, "pretrain", rng), rng)
+        pictures = spoil(draw(digits, "pretrain", rng), rng, frames(rng, BATCH))
         pixels = (torch.from_numpy(pictures).float().unsqueeze(1) / 255 - 0.3) / 0.3
         features = model(pixel_values=pixels).last_hidden_state[:, 0]
         loss = torch.nn.functional.cross_entropy(head(features), torch.from_numpy(digits))

@@ -25,4 +25,7 @@ class NonFiniteError(RuntimeError):
             f"task {task!r}, step {step}: the loss is {loss} and the norm of its gradient {norm}; the weights are as "
             "before this step. Lower train.lr, set train.clip, or use precision fp32, and resume"
         )
-        self.task, self.step = task, step
+        self.task, self.step, self.values = task, step, (loss, norm)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.task, self.step, *self.values)

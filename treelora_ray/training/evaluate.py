@@ -14,7 +14,7 @@ import torch
 
 from treelora_ray.core.layout import IntArray
 from treelora_ray.data.images import naming
-from treelora_ray.data.rows import Rows, column
+from treelora_ray.data.rows import Rows, SubsetRows, column
 from treelora_ray.data.task import Task
 from treelora_ray.methods.base import Method
 from treelora_ray.objectives.classification import Classification
@@ -35,22 +35,30 @@ class Evaluator:
         self.features: dict[int, torch.Tensor] = {}  # frozen features of test rows never change
 
     def score(self, number: int, task: Task) -> float:
-        """Percent, on all test rows of a task."""
-        learner = self.learner
-        known = len(learner.infos)
-        routes = self.routes(task.test, number if self.routing == "oracle" else None, number)
-        answers = self.answer(task.test, routes)
-        if isinstance(learner.objective, Classification):
-            assert answers.row is not None
-            truth = [str(label) for label in column(task.test, "label")]
-            if number >= known:  # of a task not met yet, no answer can be right but by the name of a label
-                return 100 * float(np.mean(np.array(answers.text) == np.array(truth)))
-            right = np.array(learner.head.row(number, truth, task.labels))
-            return 100 * float(np.mean(answers.row == right))
-        chosen = SCORES[task.score]
+        """Percent, on all test rows of a task; each worker answers its share of them."""
+        comm = self.learner.comm
+        own = task.test
+        if comm.workers > 1:
+            own = SubsetRows(task.test, np.arange(comm.rank, len(task.test), comm.workers))
+        answers = self.answer(own, self.routes(own, number if self.routing == "oracle" else None, number))
+        if isinstance(self.learner.objective, Classification):
+            right = torch.tensor(self._right(number, task, own, answers), dtype=torch.float64)
+            comm.sum_(right)
+            return 100 * float(right) / len(task.test)
+        chosen, texts = SCORES[task.score], [""] * len(task.test)
+        for rank, part in enumerate(comm.gather(answers.text)):
+            texts[rank :: comm.workers] = part
         references = [str(value) for value in column(task.test, "answer")]
         sources = ([str(value) for value in column(task.test, "prompt")],) if chosen.needs_sources else ()
-        return chosen.function(*sources, answers.text, references)
+        return chosen.function(*sources, texts, references)
+
+    def _right(self, number: int, task: Task, rows: Rows, answers: Answers) -> int:
+        """How many rows of a task are answered rightly."""
+        assert answers.row is not None
+        truth = [str(label) for label in column(rows, "label")]
+        if number >= len(self.learner.infos):  # not met yet: no answer can be right but by the name of a label
+            return int(np.sum(np.array(answers.text) == np.array(truth)))
+        return int(np.sum(answers.row == np.array(self.learner.head.row(number, truth, task.labels))))
 
     def routes(self, rows: Rows, oracle: int | None = None, key: int | None = None) -> IntArray:
         """[n] the task that answers for each row; `key` names rows whose frozen features may be kept."""
@@ -75,7 +83,7 @@ class Evaluator:
                 columns = rows.take(range(at, min(at + batch, len(rows))))
                 with naming(lambda place, at=at: rows.where(at + place), columns):  # type: ignore[misc]
                     found.append(self.learner.frozen_features(columns).cpu())
-        return torch.cat(found)
+        return torch.cat(found) if found else torch.empty(0, self.learner.model.width)
 
     def answer(self, rows: Rows, routes: IntArray) -> Answers:
         """What the model answers to each row, through the adapter and among the classes of its route."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ from treelora_ray.training.loop import attach
 
 VERSION = 1
 KEPT = 2
+
+
+@dataclass(frozen=True)
+class Loaded:
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    slots: dict[int, Tensor]  # adapters of the bank
 
 
 class Checkpoints:
@@ -69,27 +78,32 @@ class Checkpoints:
                 if path.stem not in named:
                     path.unlink()
 
-    def load(self, note: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, Tensor]] | None:
-        """Tensors, meta and adapters by slot of the newest checkpoint that is whole; None where there is none."""
+    def load(self, note: Callable[[str], None]) -> Loaded | None:
+        """The newest checkpoint that is whole; None where there is none."""
         problems = []
         for path in reversed(self.paths()):
             try:
-                tensors, meta = load_snapshot(path)
-                slots = {int(slot): self._adapter(name) for slot, name in meta["bank"]["slots"].items()}
+                found = self.read(path)
             except SnapshotError as error:
                 problems.append(str(error))
                 continue
-            if meta["version"] != VERSION:
-                raise RunError(f"{path} has version {meta['version']}, this program reads {VERSION}")
             for problem in problems:
                 note(f"{problem}. Going on from {path.name}")
             for damaged in self.paths()[self.paths().index(path) + 1 :]:
                 damaged.rename(damaged.with_suffix(".damaged"))
-            self.needed[path] = set(meta["bank"]["slots"].values())
-            return tensors, meta, slots
+            self.needed[path] = set(found.meta["bank"]["slots"].values())
+            return found
         if problems:
             raise RunError("no checkpoint of this run can be read:\n  " + "\n  ".join(problems))
         return None
+
+    def read(self, path: Path) -> Loaded:
+        """One checkpoint with the adapters it names."""
+        tensors, meta = load_snapshot(path)
+        if meta["version"] != VERSION:
+            raise RunError(f"{path} has version {meta['version']}, this program reads {VERSION}")
+        slots = {int(slot): self._adapter(name) for slot, name in meta["bank"]["slots"].items()}
+        return Loaded(path, tensors, meta, slots)
 
     def _adapter(self, name: str) -> Tensor:
         tensors, _ = load_snapshot(self.adapters / f"{name}.safetensors")

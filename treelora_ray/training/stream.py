@@ -35,6 +35,9 @@ class Listener:
 
     def note(self, text: str) -> None: ...
 
+    def saved(self, checkpoint: str, state: dict[str, Any]) -> None:
+        """A checkpoint can be resumed from; called on every worker."""
+
 
 class StreamRun:
     """One run in its folder. `stop` is asked after every step whether to stop at a checkpoint."""
@@ -51,6 +54,7 @@ class StreamRun:
         self.config, self.stream, self.method, self.folder = config, stream, method, folder
         self.listener, self.stop = listener or Listener(), stop
         self.learner = method.learner
+        self.leads = self.learner.comm.rank == 0  # the worker that writes
         self.learner.tasks = stream.tasks
         self.units = method.units(len(stream.tasks))
         self.checkpoints = Checkpoints(folder / "checkpoints")
@@ -62,11 +66,14 @@ class StreamRun:
         self.records: list[dict[str, Any]] = []  # what each unit cost and said
 
     def resume(self) -> bool:
-        """Goes back to the last checkpoint; whether there was one."""
-        found = self.checkpoints.load(self.listener.note)
-        if found is None:
+        """Goes back to the last checkpoint; whether there was one. Worker 0 says which, all read it."""
+        comm = self.learner.comm
+        found = self.checkpoints.load(self.listener.note) if self.leads else None
+        name = comm.share(None if found is None else found.path.name)
+        if name is None:
             return False
-        tensors, meta, slots = found
+        found = found or self.checkpoints.read(self.checkpoints.folder / name)
+        tensors, meta, slots = found.tensors, found.meta, found.slots
         self._require_same_tasks(meta["prints"])
         restore(self.method, tensors, meta, slots)
         self.done, self.step = meta["done"], meta["step"]
@@ -136,25 +143,34 @@ class StreamRun:
 
     def save(self, step: int | None) -> None:
         with self.learner.effort.timed("checkpoint"):
-            tensors, meta = capture(self.method, step)
-            met = len(self.learner.infos)
-            more = {
-                "done": self.done,
-                "scores": self.scores,
-                "records": self.records,
-                "effort": asdict(self.learner.effort),
-                "kind": self.stream.kind,
-                "prints": self.prints[:met],
-                "config": self.config.model_dump(mode="json", by_alias=True),
-            }
-            self.checkpoints.save(tensors, {**meta, **more}, self.method.bank)
+            name = self._write(step).name if self.leads else ""
+            name = self.learner.comm.share(name)  # so that no worker goes on before it is written
+            self.listener.saved(name, {"done": self.done, "step": step, "of": self.learner.steps})
+
+    def _write(self, step: int | None) -> Path:
+        tensors, meta = capture(self.method, step)
+        met = len(self.learner.infos)
+        more = {
+            "done": self.done,
+            "scores": self.scores,
+            "records": self.records,
+            "effort": asdict(self.learner.effort),
+            "kind": self.stream.kind,
+            "prints": self.prints[:met],
+            "config": self.config.model_dump(mode="json", by_alias=True),
+        }
+        return self.checkpoints.save(tensors, {**meta, **more}, self.method.bank)
 
     def _export(self, unit: tuple[int, ...]) -> None:
         """Adapters of the unit's tasks as plain peft folders, each with its rows of the head."""
+        if not self.leads:
+            return
         for task in self.method.changed(unit):
             export_adapter(self.method, task, self.folder / "adapters" / self.stream.tasks[task].name)
 
     def write_result(self, finished: bool) -> None:
+        if not self.leads:
+            return
         names = [task.name for task in self.stream.tasks]
         result = {
             "finished": finished,

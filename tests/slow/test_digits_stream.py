@@ -1,0 +1,62 @@
+"""The built-in stream is neither too easy for frozen features nor learnt in a few steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from treelora_ray.api import assemble
+from treelora_ray.config import load
+from treelora_ray.data.digits import digits_stream
+from treelora_ray.data.rows import column
+from treelora_ray.methods.base import Method
+from treelora_ray.training import loop
+from treelora_ray.training.evaluate import Evaluator
+
+pytestmark = pytest.mark.slow
+PLAIN = ["method.name=independent", "objective.ce_scope=current", "objective.routing=oracle", "train.steps=300"]
+TASKS, PATIENCE = (0, 1, 2), 40
+
+
+class EnoughError(Exception):
+    pass
+
+
+def accuracy(method: Method, number: int) -> float:
+    method.learner.head.put(method.learner.rows, method.learner.head_parameter.detach())
+    return Evaluator(method, "oracle").score(number, method.learner.tasks[number])
+
+
+def test_nearest_class_means_of_frozen_features_stay_under_90_percent() -> None:
+    method = assemble(load("seqlora", PLAIN), "image")
+    learner = method.learner
+    learner.tasks = digits_stream(12).tasks
+    for number, task in enumerate(learner.tasks):
+        learner.meet(number)
+        with torch.no_grad():
+            features = learner.frozen_features(task.test.take(range(len(task.test))))
+        nearest = torch.cdist(features, learner.means[number]).argmin(1).tolist()
+        right = [task.labels[place] == label for place, label in zip(nearest, column(task.test, "label"), strict=True)]
+        assert 25 < 100 * np.mean(right) < 90, task.name
+
+
+@pytest.mark.parametrize("number", TASKS)
+def test_a_fresh_adapter_needs_more_than_40_steps(number: int) -> None:
+    def learn(stop: int) -> float:
+        method = assemble(load("seqlora", PLAIN), "image")
+        method.learner.tasks = [digits_stream(12).tasks[number]]
+        loop.begin_task(method, (0,))
+
+        def look(step: int, *_: float) -> None:
+            if step + 1 == stop:
+                raise EnoughError
+
+        try:
+            loop.train_task(method, 0, look, lambda _: None)
+        except EnoughError:
+            return accuracy(method, 0)
+        loop.end_task(method)
+        return accuracy(method, 0)
+
+    assert learn(PATIENCE) < 0.95 * learn(-1)

@@ -23,9 +23,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@touch $@
 
-demo: $(STAMP)  ## Learn the built-in stream with treelora and with seqlora, and show both
-	$(BIN)/treelora train quickstart name=demo-treelora
-	$(BIN)/treelora train seqlora name=demo-seqlora
+# DEMO=--local learns in one process, without Ray.
+DEMO ?= cluster.workers=2 cluster.address=local
+demo: $(STAMP)  ## Learn the built-in stream with treelora and with seqlora, on two Ray workers, and show both
+	$(BIN)/treelora train quickstart name=demo-treelora $(DEMO)
+	$(BIN)/treelora train seqlora name=demo-seqlora $(DEMO)
 	@echo
 	@echo "treelora learnt the stream with an adapter a task, seqlora with one adapter for all and no routing."
 
@@ -34,7 +36,7 @@ lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff format --check
 
 types: $(STAMP)  ## Check types
-	$(BIN)/mypy treelora_ray tests benchmarks
+	$(BIN)/mypy treelora_ray tests benchmarks pipelines
 
 test: lint types  ## Lint, types and the fast tests, with 95% branch coverage of treelora_ray/core
 	$(BIN)/pytest --cov=treelora_ray --cov-report=term-missing:skip-covered
@@ -58,4 +60,4 @@ bench: $(STAMP)  ## Run the benchmarks
 
 clean:  ## Remove caches and build files; keep .venv and the results of runs and benchmarks
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov
-	find treelora_ray tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find treelora_ray tests benchmarks pipelines -name __pycache__ -type d -prune -exec rm -rf {} +

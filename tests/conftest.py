@@ -4,6 +4,7 @@ No deadline for hypothesis: on such a machine a slow example is no defect.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +21,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TREELORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """Ray on this machine, started by the first test that needs it."""
+    from tests import rays
+
+    with rays.cluster():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import rays
+
+    return rays.data(tmp_path_factory.mktemp("data"))

@@ -49,13 +49,14 @@ def train(
     config: Config,
     overrides: Overrides = None,
     allow_change: Annotated[list[str] | None, typer.Option(help="A key that may differ when a run goes on.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, whatever cluster.workers says.")] = False,
     quiet: Annotated[bool, typer.Option(help="Print the run's folder only.")] = False,
     as_json: Json = False,
 ) -> None:
     """Learn a stream, or go on with a run from its last checkpoint. Ctrl-C once: save and stop."""
     from treelora_ray.config import load
 
-    found = load(config, overrides or [])
+    found = load(config, [*(overrides or []), *(["cluster.workers=0"] if local else [])])
     from treelora_ray.api import run
     from treelora_ray.tracking import console as shown
 
@@ -70,6 +71,23 @@ def train(
         shown.score_tables(done.result, _console())
         typer.echo(f"\nThe run lies in {done.folder}; its adapters in {done.folder / 'adapters'}")
         typer.echo(f"Look again: treelora show {done.folder}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    config: Config,
+    address: Annotated[str, typer.Option(help="Of the cluster's dashboard, http://HEAD:8265, or auto.")] = "auto",
+    working_dir: Annotated[Path, typer.Option(help="What travels: code and configs.")] = Path("."),
+    detach: Annotated[bool, typer.Option("--detach", help="Send it, and do not follow its log.")] = False,
+    run: Annotated[bool, typer.Option("--evaluate", help="CONFIG is a run: measure its scores again.")] = False,
+) -> None:
+    """Learn a stream as a job of a Ray cluster: CONFIG [KEY=VALUE]... as for train. The same again goes on."""
+    from treelora_ray.cluster.submit import submit as send
+
+    command = "evaluate" if run else "train"
+    code = send(command, [config, *context.args], address, working_dir, detach, lambda text: typer.echo(text))
+    raise typer.Exit(code)
 
 
 @app.command()

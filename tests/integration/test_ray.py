@@ -1,0 +1,95 @@
+"""Runs on a Ray cluster of this machine: what one process learns, workers learn too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from tests.rays import METHODS, config, state, together
+from treelora_ray import run
+from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.training.errors import NonFiniteError, Stopped
+from treelora_ray.training.stream import Listener
+
+
+@pytest.mark.usefixtures("cluster")
+def test_one_worker_learns_what_one_process_does_to_the_bit_and_two_within_rounding(
+    ray_data: Path, tmp_path: Path
+) -> None:
+    names = [*METHODS, "prompts"]
+    for name in names:
+        run(config(ray_data, tmp_path / "local", name))
+    together(ray_data, tmp_path / "one", names, 1)
+    together(ray_data, tmp_path / "two", names, 2)
+    for name in names:
+        local, decided = state(tmp_path / "local" / name)
+        one, decided_one = state(tmp_path / "one" / name)
+        two, decided_two = state(tmp_path / "two" / name)
+        assert decided["finished"]
+        assert decided == decided_one == decided_two, name
+        assert local.keys() == one.keys() == two.keys(), name
+        for key, value in local.items():
+            assert torch.equal(value, one[key]), (name, key)
+            torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-5, msg=f"{name} {key}")
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, step: int, of: int, loss: float) -> None:  # noqa: ARG002
+        self.steps += 1
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_run_is_stopped_at_a_checkpoint_and_goes_on_with_another_number_of_workers(
+    ray_data: Path, tmp_path: Path
+) -> None:
+    notes = Notes()
+    made = config(ray_data, tmp_path, "treelora", cluster={"workers": 3}, train={"steps": 200})
+    with pytest.raises(Stopped):
+        run(made, listener=notes, stop=lambda: notes.steps > 0)
+    assert any("8 rows over 3 workers: 2 take 3 of each step, the others 2" in note for note in notes.notes)
+    assert not (tmp_path / "treelora" / "result.json").exists()
+    again = {**made, "cluster": {"workers": 1}, "train": {**made["train"]}}
+    done = run({**again, "stream": {**made["stream"], "tasks": ["t0"]}}, listener=notes)
+    assert done.tasks == ["t0"]
+    assert any(note.startswith("going on with") for note in notes.notes)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_loss_that_is_not_finite_ends_the_run_with_task_and_step(ray_data: Path, tmp_path: Path) -> None:
+    made = config(ray_data, tmp_path, "seqlora", cluster={"workers": 2}, train={"lr": 1e30, "clip": None, "epochs": 4})
+    with pytest.raises(NonFiniteError, match="task 't0', step"):
+        run(made)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_more_workers_than_the_cluster_has_room_for_are_said_at_once_and_refused_in_time(
+    ray_data: Path, tmp_path: Path
+) -> None:
+    notes = Notes()
+    made = config(ray_data, tmp_path, "seqlora", cluster={"workers": 9, "wait": 0.5})
+    with pytest.raises(ClusterError, match=r"did not grow within 0\.5 s .*: 9 CPU are asked for, 4 exist"):
+        run(made, listener=notes)
+    assert any("waiting for the cluster to grow" in note for note in notes.notes)
+
+
+def test_no_cluster_at_the_address_is_said(ray_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("could not connect")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    made = config(ray_data, tmp_path, "seqlora", cluster={"workers": 1, "address": "127.0.0.1:1"})
+    with pytest.raises(ClusterError, match=r"no cluster answers at 127\.0\.0\.1:1: could not connect"):
+        run(made)

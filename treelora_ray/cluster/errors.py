@@ -1,0 +1,16 @@
+"""What can go wrong on a cluster. Each message says what to do."""
+
+
+class ClusterError(ValueError):
+    """A mistake of the user, or a resource that the cluster does not have."""
+
+
+class GuideLostError(RuntimeError):
+    """The guide's actor has lost its state, or serves a newer run of the workers.
+
+    Training goes back to the last checkpoint.
+    """
+
+
+class GuideTimeoutError(RuntimeError):
+    """The guide's actor did not answer in time."""

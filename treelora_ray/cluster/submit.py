@@ -1,0 +1,252 @@
+"""Sends a command to a Ray cluster as a job: checks it first, then follows it.
+
+A job runs in a copy of the working folder, whose place changes with every change of the code. So what shall stay
+must not lie in it, and what shall travel must.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.config import load, run_name
+
+# At the top of the working folder: packages of the same names lie further down.
+STAY = ("data", "runs", "mlruns", "build", "dist", "benchmarks/out")
+CACHES = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "*.egg-info")
+EXCLUDES = [*(f"/{name}" for name in STAY), *CACHES, "/mlflow.db"]
+
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # these two only fill the console
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # reports wait for it
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",  # time to write a checkpoint when the job is stopped
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is sent. Two jobs of the same `run` would write into one folder."""
+
+    name: str
+    run: str
+    entrypoint: str
+    notes: tuple[str, ...]
+
+
+def submit(
+    command: str,
+    arguments: list[str],
+    address: str,
+    working_dir: Path,
+    detach: bool,
+    echo: Callable[[str], None],
+) -> int:
+    """Sends `treelora COMMAND ARGUMENTS` ("train" or "evaluate") and follows its log unless `detach`.
+
+    `address` is the dashboard's, http://HEAD:8265, or auto for a cluster on this machine. Exit code: 0 if the job
+    succeeded (detached: if it was sent), 1 if it did not, 130 if Ctrl-C ended the following.
+    """
+    address = _address(address)
+    here = _is_loopback(address)
+    if not arguments or arguments[0].startswith("-"):
+        raise ClusterError(f"{command} needs its {'config' if command == 'train' else 'run'} first, got {arguments}")
+    prepare = {"train": _train, "evaluate": _evaluate}[command]
+    job = prepare(arguments, here, working_dir.resolve())
+    client = _connect(address)
+    _require_alone(client, job)
+    for note in job.notes:
+        echo(note)
+    sent = _send(client, job, working_dir.resolve())
+    where = f"--address {client.get_address()} {sent}"
+    follow, stop = f"follow it: ray job logs --follow {where}", f"stop it: ray job stop {where}"
+    again = "stopped or failed, it goes on from its last checkpoint when the same command is submitted again"
+    echo(f"job {sent} is sent to {client.get_address()}")
+    if detach:
+        echo("\n".join([follow, stop, again]))
+        return 0
+    try:
+        status, message = _follow(client, sent, echo)
+    except KeyboardInterrupt:
+        echo("\n".join([f"job {sent} goes on", follow, stop]))
+        return 130
+    except Exception as error:  # of aiohttp, requests or Ray: whatever it is, the job is not touched by it
+        raise ClusterError(
+            f"the connection to job {sent} was lost ({_first_line(error)}); the job may go on\n{follow}\n{stop}"
+        ) from error
+    if status == "SUCCEEDED":
+        echo(f"job {sent} succeeded")
+        return 0
+    echo(f"job {sent} {status.lower()}: {message}\n{again}")
+    return 1
+
+
+def _train(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
+    source, overrides, options = arguments[0], *_split(arguments[1:])
+    config = load(source, overrides)
+    if Path(source).is_file():
+        source = _travelling(Path(source), working_dir)
+    added, notes = [], []
+    places = {"folder": config.folder, "stream.path": config.stream.path, "model.backbone": config.model.backbone}
+    for key, value in places.items():
+        local = key != "model.backbone" or Path(str(value)).is_dir()  # else it is a name on the hub
+        if value and local and (absolute := _absolute(key, value, here)) != value:
+            added.append(f"{key}={json.dumps(absolute, ensure_ascii=False)}")
+            notes.append(f"{key} is {absolute} of the machine on which the cluster runs")
+    name = run_name(config)
+    words = [*overrides, *added, "cluster.address=auto", *options]
+    if (working_dir / "pipelines" / "train_stream.py").is_file():
+        start = ["python", "pipelines/train_stream.py", "--config", source]
+    else:
+        start = ["python", "-m", "treelora_ray", "train", source]
+    folder = _absolute("folder", config.folder, here)
+    return Job(name, f"{folder.rstrip('/')}/{name}", shlex.join([*start, *words]), tuple(notes))
+
+
+def _evaluate(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
+    run = _absolute("the run", arguments[0], here)
+    if (working_dir / "pipelines" / "evaluate.py").is_file():
+        start = ["python", "pipelines/evaluate.py", run]
+    else:
+        start = ["python", "-m", "treelora_ray", "evaluate", run]
+    return Job(f"evaluate-{run.rstrip('/').split('/')[-1]}", "", shlex.join([*start, *arguments[1:]]), ())
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and options with their values."""
+    overrides: list[str] = []
+    options: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--allow-change":
+            options += [word, next(rest, "")]
+        else:
+            (options if word.startswith("-") else overrides).append(word)
+    return overrides, options
+
+
+def _absolute(what: str, value: str, here: bool) -> str:
+    """A path that means the same in the job as here."""
+    if "://" in value or Path(value).is_absolute():
+        return value
+    if here:
+        return str(Path(value).absolute())
+    raise ClusterError(
+        f"{what} is {value!r}, a relative path: a job runs in a temporary folder that changes with the code, and on "
+        "another machine; give an absolute path on storage that all nodes share"
+    )
+
+
+def _travelling(config: Path, working_dir: Path) -> str:
+    """Where a config file lies in the copy of the working folder."""
+    path = config.resolve()
+    if not path.is_relative_to(working_dir):
+        raise ClusterError(
+            f"{config} does not lie in {working_dir}, the folder that travels with the job: copy it there, or name "
+            "a folder that holds it as the working folder"
+        )
+    inner = path.relative_to(working_dir).as_posix()
+    if any(inner.startswith(f"{name}/") for name in STAY):
+        raise ClusterError(f"{config} lies in {inner.split('/')[0]}/, which does not travel with the job: copy it out")
+    return inner
+
+
+def _address(given: str) -> str:
+    """Ray lets its own variables win over what is given, so a contradiction is refused."""
+    variable = next((name for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if os.environ.get(name)), None)
+    if variable and given not in ("auto", os.environ[variable]):
+        raise ClusterError(f"{variable} is {os.environ[variable]}, but the address given is {given}: unset one of them")
+    address = os.environ[variable] if variable else given
+    if address == "local":
+        raise ClusterError("a local cluster ends with its process: use `treelora train` for it, or give an address")
+    return address if address == "auto" or "://" in address else f"http://{address}"
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address).hostname or ""
+    if address == "auto" or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _connect(address: str) -> Any:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("job.sdk", "dashboard_sdk"):  # which tell of every package and socket
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise _denied(address) from error
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if "token" in str(error).lower():
+            raise _denied(address) from error
+        where = "runs on this machine" if address == "auto" else f"answers at {address}"
+        raise ClusterError(
+            f"no Ray cluster {where} ({_first_line(error)}): give the address of its dashboard, such as "
+            "http://HEAD:8265, or start one with `ray start --head`"
+        ) from error
+
+
+def _denied(address: str) -> ClusterError:
+    return ClusterError(
+        f"the cluster at {address} refuses the token of this machine: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+        "to a file with the token that the cluster was started with"
+    )
+
+
+def _require_alone(client: Any, job: Job) -> None:
+    for other in client.list_jobs() if job.run else ():
+        if (other.metadata or {}).get("run") == job.run and not other.status.is_terminal():
+            raise ClusterError(
+                f"job {other.submission_id} is learning run {job.run} already: wait for it, stop it, or give `name` "
+                "another value"
+            )
+
+
+def _send(client: Any, job: Job, working_dir: Path) -> str:
+    environment = {"working_dir": str(working_dir), "excludes": EXCLUDES, "env_vars": ENVIRONMENT}
+    try:
+        sent: str = client.submit_job(
+            entrypoint=job.entrypoint,
+            submission_id=f"{job.name}-{secrets.token_hex(3)}",
+            runtime_env=environment,
+            metadata={"run": job.run},
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"the job could not be sent from {working_dir}: {_first_line(error)}") from error
+    return sent
+
+
+def _follow(client: Any, job: str, echo: Callable[[str], None]) -> tuple[str, str]:
+    """How the job ended, and the first line of why."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            echo(text.removesuffix("\n"))
+
+    asyncio.run(tail())
+    while not (found := client.get_job_info(job)).status.is_terminal():
+        time.sleep(1)
+    return str(found.status), _first_line(found.message or "").partition(", last available logs")[0]
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

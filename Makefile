@@ -43,8 +43,8 @@ test: lint types  ## Lint, types and the fast tests, with 95% branch coverage of
 	$(BIN)/coverage report --include='treelora_ray/core/*' --skip-covered --fail-under=95
 
 # pytest exits with 5 when it collects no test, which is no failure here.
-test-slow: $(STAMP)  ## The slow tests
-	@$(BIN)/pytest -m slow || { code=$$?; test $$code -eq 5 || exit $$code; echo "There are no slow tests."; }
+test-slow: $(STAMP)  ## The slow tests; SLOW=... are further options of pytest
+	@$(BIN)/pytest -m slow $(SLOW) || { code=$$?; test $$code -eq 5 || exit $$code; echo "There are no slow tests."; }
 
 golden: $(STAMP)  ## Write the losses anew that the golden tests expect
 	TREELORA_GOLDEN=write $(BIN)/pytest --quiet tests/golden

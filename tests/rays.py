@@ -46,6 +46,7 @@ def cluster() -> Iterator[None]:
         for name, value in cluster_run.ENVIRONMENT.items():
             patch.setenv(name, value)
         ray.init(
+            address="local",  # whatever else runs on this machine
             num_cpus=4,
             include_dashboard=True,
             namespace=NAMESPACE,

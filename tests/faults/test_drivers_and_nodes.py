@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.rays import config, state
 from treelora_ray import run
+from treelora_ray.cluster.run import ELASTIC, ENVIRONMENT
 from treelora_ray.config import from_mapping
 
 pytestmark = pytest.mark.slow
@@ -31,7 +33,7 @@ def same(one: Path, other: Path) -> None:
 
 def test_a_killed_drivers_run_goes_on_with_the_same_command(ray_data: Path, tmp_path: Path) -> None:
     made = config(ray_data, tmp_path / "ray", "treelora", cluster={"workers": 1, "address": "local"})
-    made["train"]["epochs"] = 40
+    made["train"]["epochs"] = 20
     run({**made, "folder": str(tmp_path / "local"), "cluster": {"workers": 0}})
     path = tmp_path / "run.yaml"
     path.write_text(from_mapping(made).to_yaml())
@@ -53,10 +55,11 @@ def test_a_killed_drivers_run_goes_on_with_the_same_command(ray_data: Path, tmp_
 
 
 NODES = """
-import json, sys, threading, time
+import json, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from treelora_ray import run
+from treelora_ray.cluster.run import ELASTIC, ENVIRONMENT
 from treelora_ray.training.stream import Listener
 
 made, replaced = json.load(open(sys.argv[1])), sys.argv[2] == "replaced"
@@ -86,7 +89,7 @@ cluster.remove_node(nodes[1], allow_graceful=False)
 print("lost a node", flush=True)
 if replaced:
     cluster.add_node(num_cpus=1)
-thread.join(240)
+thread.join(120)
 print("ended:", failure or "well", flush=True)
 ray.shutdown()
 cluster.shutdown()
@@ -97,13 +100,14 @@ cluster.shutdown()
 def test_a_lost_node_costs_steps_and_not_the_run(kind: str, workers: Any, ray_data: Path, tmp_path: Path) -> None:
     """Two workers go on when a node comes in its place; an elastic run goes on with one."""
     made = config(ray_data, tmp_path, "treelora", cluster={"workers": workers, "wait": 200})
-    made["train"]["epochs"] = 40
-    (tmp_path / "made.json").write_text(__import__("json").dumps(made))
+    made["train"]["epochs"] = 20
+    (tmp_path / "made.json").write_text(json.dumps(made))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()}
+    environment |= ENVIRONMENT | ELASTIC | {"RAY_worker_niceness": "0"}
     done = subprocess.run(
         [sys.executable, "-c", NODES, str(tmp_path / "made.json"), kind],
-        capture_output=True, text=True, check=False, timeout=500, env=environment, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, check=False, timeout=200, env=environment, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert "lost a node" in done.stdout, done.stdout + done.stderr[-3000:]
     assert "ended: well" in done.stdout, done.stdout + done.stderr[-3000:]

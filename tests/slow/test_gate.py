@@ -14,7 +14,7 @@ from treelora_ray.methods.treelora import TreeLora
 from treelora_ray.training import loop
 
 pytestmark = pytest.mark.slow
-LEARNT, MIXED = (0, 1, 3), 12  # tasks of three families
+LEARNT, MIXED, RELATED = (0, 1, 2), 12, (3, 5, 6)  # two families and a loner; members of these families
 
 
 def shares(seed: int) -> tuple[float, float]:
@@ -28,7 +28,7 @@ def shares(seed: int) -> tuple[float, float]:
         labels = [columns["label"][row] for row in rng.permutation(len(source.train))]
         rows = MemoryRows({"image": columns["image"], "label": labels})
         tasks.append(Task(f"mixed-{number}", rows, rows, source.labels))
-    tasks += [stream[number] for number in (5, 6, 8)]  # one of each family
+    tasks += [stream[number] for number in RELATED]
     method = assemble(load("quickstart", ["train.steps=5", "train.threads=1", f"seed={seed}"]), "image")
     assert isinstance(method, TreeLora)
     method.learner.tasks = tasks

@@ -358,7 +358,7 @@ class TestShowing:
     @quick
     def test_drawing_takes_a_line_a_node_and_names_each_task_once(self, given_nest: Nest) -> None:
         tree = given_nest.tree()
-        lines = tree.draw([f"<{task}>" for task in range(99)]).split("\n")
+        lines = tree.draw([f"<{task}>" for task in range(int(tree.task.max()) + 1)]).split("\n")
         assert len(lines) == len(tree)
         assert [line[line.index("<") :] for line in lines if "<" in line] == [f"<{task}>" for task in tree.order]
         assert [len(line) - len(line.lstrip("│├└─ ")) for line in lines] == (3 * tree.depth).tolist()

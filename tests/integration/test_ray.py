@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from tests.rays import METHODS, config, state, together
 from treelora_ray import run
+from treelora_ray.cluster import submit
 from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.run import ENVIRONMENT
 from treelora_ray.training.errors import NonFiniteError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -93,3 +96,29 @@ def test_no_cluster_at_the_address_is_said(ray_data: Path, tmp_path: Path, monke
     made = config(ray_data, tmp_path, "seqlora", cluster={"workers": 1, "address": "127.0.0.1:1"})
     with pytest.raises(ClusterError, match=r"no cluster answers at 127\.0\.0\.1:1: could not connect"):
         run(made)
+
+
+def test_the_driver_of_a_job_sends_nothing_that_the_job_has_sent_already(
+    ray_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray refuses a driver whose environment names a variable of its job's, even with the same value."""
+    from ray.runtime_env.runtime_env import RuntimeEnv, _merge_runtime_env
+
+    job: dict[str, Any] = {"env_vars": submit.ENVIRONMENT}
+    for name, value in submit.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job}))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    asked: list[dict[str, Any]] = []
+
+    def init(**keywords: Any) -> None:
+        asked.append(keywords["runtime_env"])
+        raise ConnectionError("far enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    made = config(ray_data, tmp_path, "seqlora", cluster={"workers": 1, "address": "127.0.0.1:1"})
+    with pytest.raises(ClusterError, match="far enough"):
+        run(made)
+    merged = _merge_runtime_env(RuntimeEnv(**job), RuntimeEnv(**asked[0]))
+    assert merged is not None
+    assert merged["env_vars"].keys() >= ENVIRONMENT.keys()

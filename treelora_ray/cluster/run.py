@@ -6,6 +6,7 @@ connect ─► desk and guide actors ─► TorchTrainer.fit (workers: worker.wo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -81,7 +82,7 @@ def _connect(cluster: ClusterConfig, listener: Listener) -> bool:
         "namespace": NAMESPACE,
         "logging_level": logging.WARNING,
         "log_to_driver": False,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in _environment(cluster)}},
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in _environment(cluster).keys() - _of_job()}},
     }
     if cluster.address not in ("auto", "local"):
         try:
@@ -109,6 +110,12 @@ def _connect(cluster: ClusterConfig, listener: Listener) -> bool:
 
 def _environment(cluster: ClusterConfig) -> dict[str, str]:
     return ENVIRONMENT | (ELASTIC if isinstance(cluster.workers, tuple) else {})
+
+
+def _of_job() -> set[str]:
+    """Variables that the job this process drives has set for all its processes; Ray refuses them a second time."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return set((job.get("runtime_env") or {}).get("env_vars") or {})
 
 
 def _is_on_a_cluster() -> bool:

@@ -27,14 +27,14 @@ POINTS = {  # by point: what is wrapped, in which process of the run it is calle
 }
 
 
-def schedules(count: int, first: int) -> list[Any]:
+def schedules(count: int, first: int, marks: Any = ()) -> list[Any]:
     """(point, call at which it happens, target), drawn by the seed; every point and target comes up."""
     drawn = []
     for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         point = list(POINTS)[seed % len(POINTS)]
         target = TARGETS[seed % len(TARGETS)]
-        drawn.append(pytest.param(point, int(rng.integers(1, 4)), target, id=f"{target} {point} {seed}"))
+        drawn.append(pytest.param(point, int(rng.integers(1, 4)), target, id=f"{target} {point} {seed}", marks=marks))
     return drawn
 
 
@@ -91,23 +91,7 @@ def undisturbed(ray_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-def check(
-    point: str, call: int, target: str, undisturbed: Path, data: Path, folder: Path, patch: pytest.MonkeyPatch
-) -> None:
-    mode, marker = POINTS[point][3], folder / "killed"
-    patch.setattr(cluster_run, "work", killing(point, call, target, marker))
-    run(config(data, folder, mode, cluster={"workers": 2}))
-    assert marker.is_file(), "nothing was killed"
-    assert not Path(f"/proc/{marker.read_text()}").exists()
-    tensors, decided = state(folder / mode)
-    expected, expected_decided = state(undisturbed / mode)
-    assert decided == expected_decided
-    assert tensors.keys() == expected.keys()
-    for name, value in expected.items():
-        assert value.equal(tensors[name]), name
-
-
-@pytest.mark.parametrize(("point", "call", "target"), schedules(4, 0))
+@pytest.mark.parametrize(("point", "call", "target"), [*schedules(4, 0), *schedules(16, 4, marks=pytest.mark.slow)])
 def test_a_run_survives_a_kill(
     point: str,
     call: int,
@@ -117,18 +101,14 @@ def test_a_run_survives_a_kill(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    check(point, call, target, undisturbed, ray_data, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("point", "call", "target"), schedules(16, 4))
-def test_a_run_survives_a_kill_at_many_moments(
-    point: str,
-    call: int,
-    target: str,
-    undisturbed: Path,
-    ray_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check(point, call, target, undisturbed, ray_data, tmp_path, monkeypatch)
+    mode, marker = POINTS[point][3], tmp_path / "killed"
+    monkeypatch.setattr(cluster_run, "work", killing(point, call, target, marker))
+    run(config(ray_data, tmp_path, mode, cluster={"workers": 2}))
+    assert marker.is_file(), "nothing was killed"
+    assert not Path(f"/proc/{marker.read_text()}").exists()
+    tensors, decided = state(tmp_path / mode)
+    expected, expected_decided = state(undisturbed / mode)
+    assert decided == expected_decided
+    assert tensors.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.equal(tensors[name]), name

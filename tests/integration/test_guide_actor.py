@@ -11,19 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
-from torch import Tensor
 
+from tests.lives import RAGGED, distances, gradient
 from treelora_ray.cluster.errors import ClusterError, GuideLostError, GuideTimeoutError
 from treelora_ray.cluster.guide_actor import GuideActor, RemoteGuide, start_guide_actor
 from treelora_ray.cluster.guide_server import UNANSWERED, CallMissingError, Values
-from treelora_ray.core import Guide, GuideConfig, GuideError, Layout, LayoutError, Snapshot
-from treelora_ray.core.layout import IntArray
+from treelora_ray.core import Guide, GuideConfig, GuideError, LayoutError, Snapshot
 
-RAGGED = Layout.of_sizes([48, 16, 48, 16], ["q0", "v0", "q1", "v1"])
 TASKS, STEPS = 5, 6
 PROBING = GuideConfig.of("treelora", sketch_dim=16, pulls_per_round=2)
 PAPER = GuideConfig.of("paper", budget=3)
@@ -75,18 +72,6 @@ def actor(shared: Actor) -> Iterator[Actor]:
     yield shared
     with suppress(ProcessLookupError):
         shared.signal(signal.SIGCONT)
-
-
-def gradient(task: int, step: int) -> Tensor:
-    """Tasks t and t + 3 are kin."""
-    family = torch.Generator().manual_seed(task % 3)
-    own = torch.Generator().manual_seed(100 + 17 * task + step)
-    return torch.randn(RAGGED.total, generator=family) + 0.4 * torch.randn(RAGGED.total, generator=own)
-
-
-def distances(task: int, step: int, arms: IntArray) -> Tensor:
-    noise = np.random.default_rng((task, step)).normal(0, 0.02, len(arms))
-    return torch.from_numpy(np.where((arms - task) % 3 == 0, 0.2, 0.7) + noise)
 
 
 Hook = Callable[[str, int, int], None]  # "before" or "after", task, step

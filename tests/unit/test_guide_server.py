@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.lives import RAGGED, distances, gradient
 from treelora_ray.cluster import guide_server
 from treelora_ray.cluster.errors import GuideLostError
 from treelora_ray.cluster.guide_server import (
@@ -25,9 +26,8 @@ from treelora_ray.cluster.guide_server import (
     pack,
     unpack,
 )
-from treelora_ray.core import Guide, GuideConfig, GuideError, Inserted, Layout, LayoutError, Snapshot, SnapshotError
+from treelora_ray.core import Guide, GuideConfig, GuideError, Inserted, LayoutError, Snapshot, SnapshotError
 
-RAGGED = Layout.of_sizes([48, 16, 48, 16], ["q0", "v0", "q1", "v1"])
 TASKS, STEPS = 6, 4
 CASES = [
     GuideConfig.of("treelora"),
@@ -41,18 +41,6 @@ each_case = pytest.mark.parametrize("config", CASES, ids=["probe", "sketch", "qu
 Do = Callable[..., Values]
 Call = tuple[str, dict[str, Any]]
 Life = Generator[Call, Values, None]
-
-
-def gradient(task: int, step: int) -> Tensor:
-    """Tasks t and t + 3 are kin."""
-    family = torch.Generator().manual_seed(task % 3)
-    own = torch.Generator().manual_seed(100 + 17 * task + step)
-    return torch.randn(RAGGED.total, generator=family) + 0.4 * torch.randn(RAGGED.total, generator=own)
-
-
-def distances(task: int, step: int, arms: Tensor) -> Tensor:
-    noise = np.random.default_rng((task, step)).normal(0, 0.02, len(arms))
-    return torch.from_numpy(np.where((arms.numpy() - task) % 3 == 0, 0.2, 0.7) + noise)
 
 
 def life(config: GuideConfig) -> Life:

@@ -14,3 +14,8 @@ class GuideLostError(RuntimeError):
 
 class GuideTimeoutError(RuntimeError):
     """The guide's actor did not answer in time."""
+
+
+def first_line(error: object) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from treelora_ray.cluster.desk import Desk
-from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.errors import ClusterError, first_line
 from treelora_ray.cluster.guide_actor import start_guide_actor
 from treelora_ray.cluster.worker import NAMESPACE, work
 from treelora_ray.config import ClusterConfig, RunConfig
@@ -58,10 +58,6 @@ def train(config: RunConfig, folder: Path, listener: Listener, stop: Callable[[]
 # -- the cluster
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def connected(cluster: ClusterConfig, listener: Listener) -> Iterator[bool]:
     """Within it this process is connected to a cluster; True if that was started for the run, and ends with it."""
@@ -88,7 +84,7 @@ def _connect(cluster: ClusterConfig, listener: Listener) -> bool:
         try:
             ray.init(address=cluster.address, **common)
         except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"no cluster answers at {cluster.address}: {_first_line(error)}") from error
+            raise ClusterError(f"no cluster answers at {cluster.address}: {first_line(error)}") from error
         return False
     if cluster.address == "auto" and (os.environ.get("RAY_ADDRESS") or _is_on_a_cluster()):
         try:
@@ -97,7 +93,7 @@ def _connect(cluster: ClusterConfig, listener: Listener) -> bool:
         except ConnectionError as error:
             if os.environ.get("RAY_ADDRESS"):
                 where = os.environ["RAY_ADDRESS"]
-                raise ClusterError(f"no cluster answers at RAY_ADDRESS={where}: {_first_line(error)}") from error
+                raise ClusterError(f"no cluster answers at RAY_ADDRESS={where}: {first_line(error)}") from error
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         # Ray may be reached from beyond this machine, and then asks for a token: one that only this run knows.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -261,9 +257,8 @@ class _Fit(threading.Thread):
 
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True)
-        self.trainer, self.error = trainer, None
-
-    error: Exception | None
+        self.trainer = trainer
+        self.error: Exception | None = None
 
     def run(self) -> None:
         try:

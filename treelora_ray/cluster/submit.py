@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.errors import ClusterError, first_line
 from treelora_ray.config import load, run_name
 
 # At the top of the working folder: packages of the same names lie further down.
@@ -85,7 +85,7 @@ def submit(
         return 130
     except Exception as error:  # of aiohttp, requests or Ray: whatever it is, the job is not touched by it
         raise ClusterError(
-            f"the connection to job {sent} was lost ({_first_line(error)}); the job may go on\n{follow}\n{stop}"
+            f"the connection to job {sent} was lost ({first_line(error)}); the job may go on\n{follow}\n{stop}"
         ) from error
     if status == "SUCCEEDED":
         echo(f"job {sent} succeeded")
@@ -200,7 +200,7 @@ def _connect(address: str) -> Any:
             raise _denied(address) from error
         where = "runs on this machine" if address == "auto" else f"answers at {address}"
         raise ClusterError(
-            f"no Ray cluster {where} ({_first_line(error)}): give the address of its dashboard, such as "
+            f"no Ray cluster {where} ({first_line(error)}): give the address of its dashboard, such as "
             "http://HEAD:8265, or start one with `ray start --head`"
         ) from error
 
@@ -231,7 +231,7 @@ def _send(client: Any, job: Job, working_dir: Path) -> str:
             metadata={"run": job.run},
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"the job could not be sent from {working_dir}: {_first_line(error)}") from error
+        raise ClusterError(f"the job could not be sent from {working_dir}: {first_line(error)}") from error
     return sent
 
 
@@ -245,8 +245,4 @@ def _follow(client: Any, job: str, echo: Callable[[str], None]) -> tuple[str, st
     asyncio.run(tail())
     while not (found := client.get_job_info(job)).status.is_terminal():
         time.sleep(1)
-    return str(found.status), _first_line(found.message or "").partition(", last available logs")[0]
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(found.status), first_line(found.message or "").partition(", last available logs")[0]

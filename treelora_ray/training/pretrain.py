@@ -33,6 +33,7 @@ from treelora_ray.data.stream import limited
 from treelora_ray.data.task import Task, columns_of, kind_of, labelled
 from treelora_ray.models.backbone import Model, load_model
 from treelora_ray.models.head import nearest_mean
+from treelora_ray.models.router import ClassSums
 from treelora_ray.training.errors import RunError
 
 WEIGHT_DECAY, WARMUP, CLIP = 0.01, 0.1, 1.0
@@ -119,12 +120,10 @@ def open_rows(data: str, seed: int) -> Task:
 @torch.no_grad()
 def class_means(model: Model, rows: Rows, labels: tuple[str, ...]) -> Tensor:
     """[C, d] of features; a class without rows gets the mean of all."""
-    sums = torch.zeros(len(labels), model.width, dtype=torch.float64, device=model.device)
-    counts = torch.zeros(len(labels), 1, dtype=torch.float64, device=model.device)
+    sums = ClassSums(len(labels), model.width, model.device)
     for columns, targets in _batches(rows, labels, model.device):
-        sums.index_add_(0, targets, model.features(model.inputs(columns)).double())
-        counts.index_add_(0, targets, torch.ones(len(targets), 1, dtype=torch.float64, device=model.device))
-    return torch.where(counts > 0, sums / counts.clamp(min=1), sums.sum(0) / counts.sum())
+        sums.add(model.features(model.inputs(columns)), targets)
+    return torch.where(sums.counts.unsqueeze(-1) > 0, sums.means, sums.sums.sum(0) / sums.counts.sum())
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, fewer steps")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ["TREELORA_TRACKING"] = "none"
     torch.set_num_threads(1)
     seeds, steps = (1, 60) if options.quick else (options.seeds, STEPS)
     found: dict[str, Any] = {"scores": {}, "third": {}, "ari": [], "speed": []}

@@ -30,7 +30,7 @@ def test_the_page_of_settings_is_what_the_code_says() -> None:
 
 def test_the_quickstart_from_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(example("quickstart.md"), {"folder": str(tmp_path)})
-    assert capsys.readouterr().out == "['rotated-0', 'halves-0'] (2, 2)\n"
+    assert capsys.readouterr().out == "['striped-0', 'turned-0'] (2, 2)\n"
 
 
 def test_the_worked_method_learns_resumes_and_at_zero_is_plain(tmp_path: Path) -> None:

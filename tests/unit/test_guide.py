@@ -121,6 +121,31 @@ def test_commit_task_takes_one_task_for_all_layers() -> None:
     assert choice.task[0] == int(away.argmin())
 
 
+def test_commit_task_relates_all_layers_or_none() -> None:
+    layout = Layout.of_sizes([256] * 8)
+    draw = torch.Generator().manual_seed(0)
+    families = [torch.randn(layout.total, generator=draw) for _ in range(3)]
+    weak = torch.ones(layout.total)
+    layout.segment(weak, 7).zero_()  # a layer of which no family says anything
+    related = {True: 0, False: 0}
+    for seed in range(20):
+        guide = Guide(layout, config_of("treelora", commit="task"))
+        noise = torch.Generator().manual_seed(seed)
+        for number, own in enumerate(families[:2]):
+            guide.begin_task(f"task{number}")
+            guide.insert(own * weak + torch.randn(layout.total, generator=noise))
+        for kin in (True, False):
+            guide.begin_task("new", attempt=int(not kin))
+            own = families[0 if kin else 2] * weak
+            for step in range(8):
+                guide.probe(step, own + 2 * torch.randn(layout.total, generator=noise))
+            found = guide.commit().related
+            assert found.all() or not found.any()
+            related[kin] += bool(found.all())
+    assert related[True] == 20
+    assert related[False] <= 1
+
+
 @pytest.mark.parametrize("arms", [1, 11, 47])
 def test_at_most_a_tenth_of_the_layers_of_unrelated_tasks_pass_for_related(arms: int) -> None:
     layout = Layout.of_sizes([128] * 64)

@@ -35,12 +35,14 @@ from treelora_ray.core.merge import Merge, Slots
 from treelora_ray.core.nodes import NodeStats
 from treelora_ray.core.released import ReleasedSearch
 from treelora_ray.core.signature import Sketch, aligned, apart, directions, related_layers
-from treelora_ray.core.state import Choice, Current, Inserted, Snapshot
+from treelora_ray.core.state import GROUP, Choice, Current, Inserted, Snapshot
 from treelora_ray.core.store import SignatureStore
 from treelora_ray.core.tree import Tree
 
 SNAPSHOT_VERSION = 1
 MOST_DIFFERENCES = 16  # between probe gradients, kept for the relatedness gate
+MOST_DRAWN = 128  # stored tasks above which nothing is kept or measured for figures alone
+MOST_COMPARED = 1 << 32  # values of all pairs of signatures above which no splits are measured by layer: seconds a task
 
 
 class Guide:
@@ -130,24 +132,37 @@ class Guide:
         compared = np.empty(0, np.int64)
         if now.search is not None:
             seen = now.gradient / now.rounds if isinstance(now.search, BestFirstTreeLCB) else sketched
-            compared = self._round(now.search, now.exact, directions(self.layout, seen, self.config.distance))
+            compared = self._round(now, now.search, step, directions(self.layout, seen, self.config.distance))
         now.history[step] = compared
         return compared.copy()
 
-    def _round(self, search: Search, exact: bool, direction: Tensor) -> IntArray:
+    def _round(self, now: Current, search: Search, step: int, direction: Tensor) -> IntArray:
         search.begin_round()
-        if exact:
+        if now.exact:
             everything = np.arange(len(self.store))
             seen = self.store.from_rows(direction, everything).double().numpy()
             for arm in everything:
                 search.observe(np.full(len(self.layout), arm), seen[arm])
+                self._note(now, step, np.full(len(self.layout), arm), seen[arm])
             return everything
         for _ in range(min(self.config.pulls_per_round, len(self.store))):
             nodes = search.select()
             if (nodes == NOTHING).all():
                 break
-            search.observe(nodes, self._compare(direction, nodes, search))
+            distances = self._compare(direction, nodes, search)
+            search.observe(nodes, distances)
+            self._note(now, step, nodes, distances)
         return search.seen(this_round=True)
+
+    def _note(self, now: Current, step: int, nodes: IntArray, distances: FloatArray) -> None:
+        """Keeps a comparison for the figures, while there are few enough tasks to draw."""
+        if len(self.store) > MOST_DRAWN:
+            return
+        tasks = nodes
+        if isinstance(now.search, BestFirstTreeLCB):
+            at = self.tree.task[nodes]
+            tasks = np.where(nodes < 0, NOTHING, np.where(at < 0, GROUP, at))
+        now.pulls.append((step, tasks.astype(np.int32), distances.astype(np.float32)))
 
     def _compare(self, direction: Tensor, nodes: IntArray, search: Search) -> FloatArray:
         """Distances [L] of a direction to, layer by layer, another task or another group's centroid."""
@@ -197,6 +212,7 @@ class Guide:
             return False
         if now.search is not None and now.offered is not None:
             now.search.observe(now.offered[1], x)
+            self._note(now, step, now.offered[1], x)
         return True
 
     def commit(self, task: str | None = None, attempt: int | None = None) -> Choice:
@@ -230,10 +246,10 @@ class Guide:
         task, distance = candidates[best], away[best, np.arange(layers)]
         related = np.isfinite(distance)
         if probed and self.config.gate > 0:
-            leaning = self.store.rows.segments(task)
-            near = related_layers(self.layout, mean, leaning, self.config.distance, len(self.store), self.config.gate)
-            related &= near.numpy()
             related &= np.isin(task, candidates[self._aligned(now, mean, candidates).numpy()])
+            if self.config.commit == "layer":
+                leaning, arms, gate = self.store.rows.segments(task), len(self.store), self.config.gate
+                related &= related_layers(self.layout, mean, leaning, self.config.distance, arms, gate).numpy()
         return Choice(task, distance, related)
 
     def _aligned(self, now: Current, mean: Tensor, candidates: IntArray) -> Tensor:
@@ -338,7 +354,36 @@ class Guide:
 
     def to_data(self) -> list[dict[str, Any]]:
         """The tree's nodes, as data for a figure or a file."""
-        return self.tree.to_data(self.names)
+        nodes = self.tree.to_data(self.names)
+        for node, layers in self._splits().items():
+            nodes[node]["layers"] = layers
+        return nodes
+
+    def _splits(self) -> dict[int, list[float]]:
+        """By group, each layer's mean distance [L] between tasks of different children; {} for too many tasks."""
+        n = len(self.store)
+        if n > MOST_DRAWN or n * n * self.layout.total > MOST_COMPARED:
+            return {}
+        tree, away = self.tree, self.store.by_layer()
+        within = np.zeros((len(tree), len(self.layout)))  # sums over ordered pairs
+        for node in range(len(tree)):
+            members = tree.members(node)
+            within[node] = away[np.ix_(members, members)].sum((0, 1))
+        found = {}
+        for node in np.flatnonzero(tree.task < 0).tolist():
+            below = tree.children[node]
+            pairs = int(tree.size[node] ** 2 - (tree.size[below] ** 2).sum())
+            if pairs:
+                found[node] = np.round((within[node] - within[below].sum(0)) / pairs, 4).tolist()
+        return found
+
+    def measured(self) -> dict[str, Any]:
+        """For figures: distances of each task to those before it, and the comparisons of the task in progress."""
+        if len(self.store) > MOST_DRAWN:
+            return {"distances": None, "pulls": None}
+        rows = [np.round(self.store.pair_row(task)[:task], 4).tolist() for task in range(len(self.store))]
+        pulls = None if self.current is None else self.current.pulled(self.names, self.layout.names)
+        return {"distances": {"tasks": list(self.names), "rows": rows}, "pulls": pulls}
 
     def nbytes(self) -> int:
         """Bytes of stored state: signatures, pairwise distances, centroids."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ from torch import Tensor
 from treelora_ray.core.bandit import NOTHING, Search
 from treelora_ray.core.layout import FloatArray, IntArray
 from treelora_ray.core.merge import Merge
+
+GROUP = -2  # in place of a task: a layer was compared with the centroid of a group
+PULLS = ("pulled_at", "pulled", "apart")  # tensors that hold the comparisons
+STRETCHES, LAYERS_SHOWN = 12, 8  # into which the comparisons of a task are summed up for figures
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,48 @@ class Current:
     offered: tuple[int, IntArray] | None = None  # (step, arms) of the last select
     choice: Choice | None = None
     history: dict[int, IntArray] = field(default_factory=dict)  # by probe step, the tasks compared with
+    # Step, tasks [L] and distances [L] of each comparison, for figures.
+    pulls: list[tuple[int, NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
+
+    def pulled(self, tasks: Sequence[str], layers: Sequence[str]) -> dict[str, Any] | None:
+        """How often, and at what mean distance, a layer was compared with a task, by stretch of steps.
+
+        `count` and `distance` are [layers shown, stretches, tasks]; `starts` has the first step of each stretch, and
+        one past the last.
+        """
+        if not self.pulls:
+            return None
+        steps, chosen, apart = (np.array(column) for column in zip(*self.pulls, strict=True))
+        first, past = int(steps[0]), int(steps[-1]) + 1
+        starts = np.linspace(first, past, min(STRETCHES, past - first) + 1).round().astype(np.int64)
+        stretch = np.searchsorted(starts, steps, "right") - 1
+        shown = np.unique(np.linspace(0, len(layers) - 1, LAYERS_SHOWN).round().astype(np.int64))
+        count = np.zeros((len(shown), len(starts) - 1, len(tasks)), np.int64)
+        total = np.zeros(count.shape)
+        for row, layer in enumerate(shown):
+            known = chosen[:, layer] >= 0
+            at = np.full(known.sum(), row), stretch[known], chosen[known, layer]
+            np.add.at(count, at, 1)
+            np.add.at(total, at, apart[known, layer].astype(np.float64))
+        mean = np.round(total / np.maximum(count, 1), 4).astype(object)
+        mean[count == 0] = None
+        return {
+            "task": self.name,
+            "tasks": list(tasks),
+            "layers": [layers[layer] for layer in shown],
+            "starts": starts.tolist(),
+            "count": count.tolist(),
+            "distance": mean.tolist(),
+            "groups": int((chosen[:, shown] == GROUP).sum()),
+        }
 
     def to_json(self) -> dict[str, Any]:
         plain = {key: getattr(self, key) for key in ("name", "attempt", "steps_per_epoch", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
         history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
         noise = {"waits": self.before is not None, "differences": len(self.differences)}
-        return {**plain, **noise, "offered": offered, "history": history, "committed": self.choice is not None}
+        kept = {"committed": self.choice is not None, "pulls": len(self.pulls)}
+        return {**plain, **noise, "offered": offered, "history": history, **kept}
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"current.gradient": self.gradient.clone()}
@@ -93,7 +132,10 @@ class Current:
             tensors["current.differences"] = torch.stack(self.differences)
         if self.search is not None:
             tensors |= {f"search.{key}": value for key, value in self.search.tensors().items()}
-        arrays = {} if self.offered is None else {"arms": self.offered[1]}
+        arrays: dict[str, NDArray[Any]] = {} if self.offered is None else {"arms": self.offered[1]}
+        if self.pulls:
+            columns = zip(*self.pulls, strict=True)
+            arrays |= {name: np.array(column) for name, column in zip(PULLS, columns, strict=True)}
         if self.choice is not None:
             arrays |= {key: getattr(self.choice, key) for key in ("task", "distance", "related")}
         return tensors | {f"current.{key}": torch.from_numpy(value.copy()) for key, value in arrays.items()}
@@ -110,5 +152,8 @@ class Current:
             self.search.load(search)
         if data["offered"] is not None:
             self.offered = data["offered"], arrays["arms"]
+        if data.get("pulls"):  # a snapshot of an older version has none
+            steps, tasks, distances = (arrays[name] for name in PULLS)
+            self.pulls = list(zip(steps.tolist(), tasks, distances, strict=True))
         if data["committed"]:
             self.choice = Choice(arrays["task"], arrays["distance"], arrays["related"])

@@ -155,6 +155,17 @@ class SignatureStore:
         """Distances [n, L] of a direction [total] to stored tasks."""
         return layer_distances(self.layout, self.rows[rows], direction, self.distance)
 
+    def by_layer(self) -> FloatArray:
+        """Distances [n, n, L] of all pairs."""
+        n, step = len(self), max(1, CHUNK_VALUES // self.layout.total)
+        out = np.zeros((n, n, len(self.layout)))
+        for task in range(1, n):
+            own = self.rows[task]
+            for start in range(0, task, step):
+                rows = np.arange(start, min(start + step, task))
+                out[task, rows] = out[rows, task] = self.from_rows(own, rows).double().numpy()
+        return out
+
     @property
     def condensed(self) -> FloatArray:
         """All pairs in the order scipy's linkage reads, of tasks numbered from the last to the first."""

@@ -1,6 +1,6 @@
 """The built-in stream: handwritten digits, turned into families of related tasks.
 
-A task shows eight of the ten digits of scikit-learn's collection on a noisy 16 x 16 canvas, in a look of its own,
+A task shows nine of the ten digits of scikit-learn's collection on a noisy 16 x 16 canvas, in a look of its own,
 and asks which one a picture shows. Tasks of one family share a transformation of the pictures and differ in their
 digits; loners have a transformation of their own; the pair `permuted` shares a transformation and asks for groups of
 digits, each of its tasks for different ones. Pictures of the backbone's pre-training, of training and of test come
@@ -10,7 +10,7 @@ from source images kept apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -44,8 +44,11 @@ def _sheared(pictures: Pictures) -> Pictures:
     return np.stack([np.roll(pictures[:, row], row - SIZE // 2, axis=1) for row in range(SIZE)], axis=1)
 
 
-def _halves(pictures: Pictures) -> Pictures:
-    return np.roll(pictures, SIZE // 2, axis=1)[:, :, ::-1]
+def _striped(pictures: Pictures) -> Pictures:
+    """Two rows as they are, two rows negative, and so on."""
+    bright = (np.arange(SIZE) % 4 < 2).astype(np.float32)[:, None]
+    found: Pictures = np.abs(pictures - bright)
+    return found
 
 
 def _combed(pictures: Pictures) -> Pictures:
@@ -61,7 +64,7 @@ TRANSFORMS: dict[str, Callable[[Pictures], Pictures]] = {
     "flipped": lambda x: x[:, ::-1],
     "edges": _edges,
     "sheared": _sheared,
-    "halves": _halves,
+    "striped": _striped,
     "combed": _combed,
     "turned": lambda x: 1 - np.rot90(x, 3, axes=(1, 2)),
     "rows": lambda x: np.concatenate([x[:, ::2], x[:, 1::2]], axis=1),
@@ -80,38 +83,38 @@ class Recipe:
         return tuple("or".join(map(str, group)) for group in self.groups)
 
 
-def _pairing(key: int) -> tuple[tuple[int, ...], ...]:
-    """The ten digits in five pairs."""
-    order = np.random.default_rng(key).permutation(10)
-    return tuple(tuple(sorted(int(digit) for digit in order[at : at + 2])) for at in range(0, 10, 2))
+def _order(key: int) -> list[int]:
+    return [int(digit) for digit in np.random.default_rng(key).permutation(10)]
 
 
-def _without(pair: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Each digit by itself, but for two."""
-    return tuple((digit,) for digit in range(10) if digit not in pair)
+def _pairs(key: int) -> tuple[tuple[int, ...], ...]:
+    """Eight of the digits in four pairs."""
+    order = _order(key)
+    return tuple(tuple(sorted(order[at : at + 2])) for at in range(0, 8, 2))
 
 
 def _member(family: str, number: int, key: int) -> Recipe:
-    """Each member of a family lacks another pair of digits."""
-    return Recipe(f"{family}-{number}", family, family, _without(_pairing(key)[number % 5]))
+    """Each digit by itself, but for one: each member of a family lacks another."""
+    lacking = _order(key)[number]
+    return Recipe(f"{family}-{number}", family, family, tuple((digit,) for digit in range(10) if digit != lacking))
 
 
 def recipes() -> list[Recipe]:
     """All tasks there are, in their order; a stream takes the first so many."""
 
     def loner(name: str, key: int) -> Recipe:
-        return Recipe(name, name, name, _without(_pairing(key)[4]))
+        return replace(_member(name, 4, key), name=name)
 
-    pair = [Recipe(f"permuted-{n}", "permuted", "sheared", _pairing(key)[:4]) for n, key in enumerate((21, 22))]
+    pair = [Recipe(f"permuted-{n}", "permuted", "sheared", _pairs(key)) for n, key in enumerate((21, 22))]
     first = [
-        _member("rotated", 0, 1), _member("halves", 0, 2), loner("edges", 8), _member("rotated", 1, 1),
-        pair[0], _member("halves", 1, 2), _member("rotated", 2, 1), loner("shuffled", 9),
-        _member("halves", 2, 2), pair[1], _member("rotated", 3, 1), _member("halves", 3, 2),
+        _member("striped", 0, 1), _member("turned", 0, 2), loner("edges", 8), _member("striped", 1, 1),
+        pair[0], _member("turned", 1, 2), _member("striped", 2, 1), loner("shuffled", 9),
+        _member("turned", 2, 2), pair[1], _member("striped", 3, 1), _member("turned", 3, 2),
     ]  # fmt: skip
-    more = [_member(family, 4, key) for key, family in enumerate(("rotated", "halves"), start=1)]
-    for key, family in enumerate(("plain", "flipped", "combed", "turned", "rows", "negative"), start=4):
+    more = [_member(family, 4, key) for key, family in enumerate(("striped", "turned"), start=1)]
+    for key, family in enumerate(("plain", "flipped", "combed", "rotated", "rows", "negative"), start=4):
         more += [_member(family, n, key + 10) for n in range(5)]
-    more += [Recipe(f"permuted-{n}", "permuted", "sheared", _pairing(20 + n)[:4]) for n in (3, 4, 5, 6)]
+    more += [Recipe(f"permuted-{n}", "permuted", "sheared", _pairs(20 + n)) for n in (3, 4, 5, 6)]
     # Interleaved, so that a relative seldom follows directly.
     return first + [more[place] for step in range(4) for place in range(step, len(more), 4)]
 

@@ -1,4 +1,4 @@
-"""The hooks of a method, in the order in which a task calls them.
+"""The hooks of a method, in the order in which a task calls them; before a new run's first one, `before_stream`.
 
     before_task ─► per step: rows ─► loss_terms ─► (backward, all-reduce) ─► edit_gradients ─► (clip, optimizer)
     ─► after_step ─► … ─► after_task;   later: answer
@@ -23,7 +23,7 @@ from treelora_ray.methods.options import METHOD_OPTIONS
 from treelora_ray.objectives.base import Batch
 
 METHODS: dict[str, type[Method]] = {}
-HOOKS = ("before_task", "after_task", "before_step", "after_step")
+HOOKS = ("before_stream", "before_task", "after_task", "before_step", "after_step")
 
 
 class Method:
@@ -56,6 +56,9 @@ class Method:
     def own_classes(self) -> Sequence[int] | None:
         """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""
         return None
+
+    def before_stream(self) -> None:
+        """A new run begins; not called where one goes on."""
 
     def before_task(self) -> None:
         """The unit is met and its buffer bound; sets the adapter it starts from."""
@@ -104,6 +107,10 @@ class Method:
 
     def report(self) -> dict[str, Any]:
         """What the method has to say about the unit it has just learnt."""
+        return {}
+
+    def values(self, step: int) -> dict[str, float]:  # noqa: ARG002
+        """What may be plotted over the steps; asked for once in a while, after a step."""
         return {}
 
     def summary(self) -> dict[str, Any]:

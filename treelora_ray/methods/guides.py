@@ -41,6 +41,8 @@ class AnyGuide(Protocol):
 
     def to_data(self) -> list[dict[str, Any]]: ...
 
+    def measured(self) -> dict[str, Any]: ...
+
     def nbytes(self) -> int: ...
 
     def snapshot(self) -> Snapshot: ...
@@ -118,6 +120,9 @@ class SharedGuide:
 
     def to_data(self) -> list[dict[str, Any]]:
         return self._mine.to_data()
+
+    def measured(self) -> dict[str, Any]:
+        return self._mine.measured()
 
     def nbytes(self) -> int:
         return self._mine.nbytes()

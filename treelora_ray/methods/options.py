@@ -63,6 +63,9 @@ class TreeLoraOptions(Options):
     """Rows for comparing gradients at stored adapters (observe: query)."""
     query_every: Positive = 1
     """Steps between two such comparisons."""
+    prior: str | None = None
+    """File with the tree and the adapters of another run (`treelora tree export RUN FILE`), which this one begins with
+    as if it had learnt that run's tasks before; needed until the first checkpoint."""
     guide: dict[str, Any] = Field(default_factory=dict)
     """Settings of the guide that differ from the mode's: tree, linkage, search, pulls_per_round, budget, ..."""
 

@@ -9,6 +9,7 @@ observe: query (treelora, paper): gradients of the batch at the stored adapters 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.penalty import AdapterPull, DirectionPull, InnerPull, Strength
 from treelora_ray.core.signature import Accumulator, directions, layer_distances
 from treelora_ray.core.state import Choice, Snapshot
+from treelora_ray.methods import prior
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import TreeLoraOptions
@@ -68,7 +70,9 @@ class TreeLora(Method):
         self.arms: IntArray = np.empty(0, np.int64)  # [L] what each layer is compared with now
         self.pull: AdapterPull | DirectionPull | InnerPull | None = None
         self.density: list[float] = []
-        self.merged: list[int] = []  # tasks that came to share an adapter with the last insertion
+        self.merged: list[int] = []  # stored tasks that came to share an adapter with the last insertion
+        self.pulls: dict[str, Any] | None = None  # what the last task was compared with; of worker 0
+        self.prior: dict[str, Any] | None = None  # where the tasks come from that guide and bank began with
 
     def _signature_layout(self) -> tuple[Tensor, Layout]:
         """Where in the adapter a signature's values lie, and its layout: B of all layers, or A of the first ones."""
@@ -83,6 +87,30 @@ class TreeLora(Method):
         for name, (view,) in layout.views(places):
             view.copy_(at[name])
         return places.to(learner.device), layout
+
+    # -- tasks of before: guide and bank number the prior's tasks first, then the stream's
+
+    def before_stream(self) -> None:
+        if self.options.prior is not None:
+            found = prior.read(Path(self.options.prior), self.learner, self.settings)
+            self.guide.restore(found.guide)
+            self.bank.slots, self.bank.of_task, self.prior = found.slots, found.of_task, found.record
+
+    def export_tree(self, path: Path) -> None:
+        """One file for another run's `prior`; between two tasks only."""
+        prior.write(path, self.learner, self.guide.snapshot(), self.bank)
+
+    def stored(self, task: int) -> int:
+        """The number that guide and bank have for a task of the stream."""
+        return task + self.older
+
+    def own(self, stored: Sequence[int]) -> list[int]:
+        """Of tasks as guide and bank number them, those of the stream."""
+        return [number - self.older for number in stored if number >= self.older]
+
+    @property
+    def older(self) -> int:
+        return 0 if self.prior is None else int(self.prior["tasks"])
 
     # -- a task's life
 
@@ -193,7 +221,8 @@ class TreeLora(Method):
         if self.settings.observe == "query" and step % self.options.query_every == 0:
             self._query(step)
         elif self.settings.observe == "step":
-            self.arms = self.guide.select(step)
+            with learner.effort.timed("exchange"):
+                self.arms = self.guide.select(step)
         target = self.guide.directions(self.arms).to(learner.device)
         pulled = torch.zeros_like(theta)
         if isinstance(self.pull, InnerPull):
@@ -207,7 +236,8 @@ class TreeLora(Method):
             seen = self.pull.measure(theta)
             self.pull.add_(pulled, strength)
         if self.settings.observe == "step":
-            self.guide.observe(step, seen)
+            with learner.effort.timed("exchange"):
+                self.guide.observe(step, seen)
         if strength:
             learner.adapter_grad.index_add_(0, self.places, pulled)
 
@@ -268,6 +298,8 @@ class TreeLora(Method):
         if isinstance(self.pull, AdapterPull):
             self.density = self.pull.density(learner.adapter).tolist()
         signature = self.running.value() if self.running is not None else None
+        if learner.comm.rank == 0:
+            self.pulls = self.guide.measured()["pulls"]
         done = self.guide.insert(signature)
         self.bank.put(done.task, learner.adapter, done.slot, done.merge)
         kept = None if done.merge is None else done.merge.kept
@@ -275,10 +307,11 @@ class TreeLora(Method):
         self.running, self.pull = None, None
 
     def answer(self, task: int) -> Tensor:
-        return self.bank[task] if task in self.bank.of_task else self.learner.adapter
+        number = self.stored(task)
+        return self.bank[number] if number in self.bank.of_task else self.learner.adapter
 
     def changed(self, unit: Sequence[int]) -> Sequence[int]:
-        return sorted({*unit, *self.merged})
+        return sorted({*unit, *self.own(self.merged)})
 
     # -- what is kept
 
@@ -294,11 +327,12 @@ class TreeLora(Method):
 
     def to_json(self) -> dict[str, Any]:
         count = None if self.running is None else self.running.count
-        return {"guide": self.guide.snapshot().meta, "running": count}
+        return {"guide": self.guide.snapshot().meta, "running": count, "prior": self.prior, "pulls": self.pulls}
 
     def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         inner = {name.removeprefix("guide."): value for name, value in tensors.items() if name.startswith("guide.")}
         self.guide.restore(Snapshot(inner, data["guide"]))
+        self.prior, self.pulls = data.get("prior"), data.get("pulls")
         self.arms = tensors["arms"].numpy() if "arms" in tensors else np.empty(0, np.int64)
         current = data["guide"]["current"]
         if current is None:
@@ -314,17 +348,44 @@ class TreeLora(Method):
                 self.running = Accumulator(self.guide.full_layout, "anchor")
             self.running.total, self.running.count = tensors["running"].clone(), data["running"]
 
+    def values(self, step: int) -> dict[str, float]:
+        learner, strength, found = self.learner, self.strength.at(step), {}
+        if isinstance(self.pull, AdapterPull):
+            found["penalty"] = float(self.pull.value(learner.adapter, strength))
+        if (seconds := learner.effort.seconds.get("exchange")) is not None:
+            found["exchange_ms"] = 1000 * seconds / (step + 1)
+        return {"strength": strength, **found}
+
     def report(self) -> dict[str, Any]:
-        """What each layer leans on, how near it is, and how much of the adapter differs from what pulls it."""
+        """What each layer leans on, how near it is, and how much of the adapter differs from what pulls it.
+
+        At some tasks the tree, so that its growth can be drawn; which tasks share an adapter since a merge.
+        """
+        more = self._grown() if self.learner.comm.rank == 0 and is_stage(len(self.guide.names)) else {}
+        if self.merged:
+            more["merged"] = [self.guide.names[task] for task in self.merged]
         if self.choice is None:
-            return {}
+            return more
         names = [self.guide.names[task] if task >= 0 else None for task in self.choice.warm]
         density = {"density": self.density} if self.options.penalty == "prox" else {}
         layers = list(self.learner.layout.names)
         distance = [round(float(d), 4) if np.isfinite(d) else None for d in self.choice.distance]
-        return {"layers": layers, "leans_on": names, "distance": distance, **density}
+        return {"layers": layers, "leans_on": names, "distance": distance, **density, **more}
+
+    def _grown(self) -> dict[str, Any]:
+        nodes = self.guide.to_data()
+        tree = {key: [node[key] for node in nodes] for key in ("parent", "task")}
+        return {"tree": {**tree, "height": [round(node["height"], 4) for node in nodes]}}
 
     def summary(self) -> dict[str, Any]:
         if not self.guide.names:
             return {}
-        return {"tree": self.guide.to_data(), "drawn": self.guide.draw(), "guide_bytes": self.guide.nbytes()}
+        began = {} if self.prior is None else {"prior": self.prior}
+        layers, distances = list(self.guide.layout.names), self.guide.measured()["distances"]
+        more = {"layers": layers, "distances": distances, "pulls": self.pulls, **began}
+        return {"tree": self.guide.to_data(), "drawn": self.guide.draw(), "guide_bytes": self.guide.nbytes(), **more}
+
+
+def is_stage(tasks: int) -> bool:
+    """2, 3, 4, 6, 8, 12, 16, 24, ...: often enough to show how a tree grew, seldom enough to stay small."""
+    return tasks > 1 and (tasks if tasks % 3 else tasks // 3).bit_count() == 1

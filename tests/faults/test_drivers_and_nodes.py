@@ -31,24 +31,28 @@ def same(one: Path, other: Path) -> None:
     assert all(value.equal(tensors[name]) for name, value in expected.items())
 
 
-def test_a_killed_drivers_run_goes_on_with_the_same_command(ray_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
+def test_a_drivers_run_that_a_signal_ends_goes_on_with_the_same_command(
+    number: int, code: int, ray_data: Path, tmp_path: Path
+) -> None:
     made = config(ray_data, tmp_path / "ray", "treelora", cluster={"workers": 1, "address": "local"})
     made["train"]["epochs"] = 20
     run({**made, "folder": str(tmp_path / "local"), "cluster": {"workers": 0}})
     path = tmp_path / "run.yaml"
     path.write_text(from_mapping(made).to_yaml())
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_worker_niceness": "0"}
     driver = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert driver.stdout is not None
     said = ""
     for said in driver.stdout:
         if '"begins"' in said and '"t1"' in said:
             break
-    driver.send_signal(signal.SIGKILL)
-    _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == -signal.SIGKILL, said + errors
+    driver.send_signal(number)
+    _, errors = driver.communicate(timeout=300)
+    assert driver.returncode == code, said + errors
+    assert ("go on: treelora train" in errors) == (number == signal.SIGTERM)
     assert not (tmp_path / "ray" / "treelora" / "result.json").read_text().count('"finished": true')
-    done = subprocess.run(command(path), capture_output=True, text=True, check=False, timeout=300, env=environment)
+    done = subprocess.run(command(path), capture_output=True, text=True, check=False, timeout=600, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "going on with" in done.stdout
     same(tmp_path / "ray" / "treelora", tmp_path / "local" / "treelora")

@@ -111,7 +111,11 @@ class Model:
         adapters.export(self.net, folder, parts, self.config.backbone, self.scaling)
 
     def to_device(self, inputs: Mapping[str, Any]) -> Inputs:
-        return {name: torch.as_tensor(value).to(self.device, non_blocking=True) for name, value in inputs.items()}
+        """From pinned memory, of which a GPU takes its copy while the host goes on."""
+        found = {name: torch.as_tensor(value) for name, value in inputs.items()}
+        if self.device.type == "cuda":
+            found = {name: value.pin_memory() for name, value in found.items()}
+        return {name: value.to(self.device, non_blocking=True) for name, value in found.items()}
 
 
 class ImageModel(Model):

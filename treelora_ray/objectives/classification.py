@@ -47,11 +47,10 @@ class Classification:
         return found
 
     def batch(self, rows: Columns, tasks: Sequence[int]) -> Batch:
-        device = self.model.device
         places = [self.places[row] for row in self.targets(rows, tasks)]
         allowed = None if self.mask is None else torch.stack([self.mask[task] for task in tasks])
-        targets = torch.tensor(places, dtype=torch.long, device=device)
-        return Batch(self.model.inputs(rows), len(places), targets, allowed)
+        moved = self.model.to_device({"targets": torch.tensor(places, dtype=torch.long)})
+        return Batch(self.model.inputs(rows), len(places), moved["targets"], allowed)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         with self.model.autocast(self.precision):

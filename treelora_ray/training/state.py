@@ -149,10 +149,10 @@ def restore(method: Method, tensors: Mapping[str, Tensor], meta: Mapping[str, An
     learner.theta.copy_(tensors["theta"])
     optimizer = learner.start_optimizer()
     for part, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
-        moments = {name: value.clone() for name, value in _part(tensors, f"adam.{part}").items()}
+        # The count of steps too: fused AdamW keeps it where the moments are.
+        moments = {name: value.clone().to(learner.device) for name, value in _part(tensors, f"adam.{part}").items()}
         if moments:
-            count = moments.pop("step")
-            optimizer.state[parameter] = {k: v.to(learner.device) for k, v in moments.items()} | {"step": count}
+            optimizer.state[parameter] = moments
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -34,6 +34,25 @@ def folder_of(config: ModelConfig) -> str:
     return name
 
 
+def stored(config: ModelConfig, kind: str) -> Path:
+    """The folder with the backbone's files: of a hub id its place in the cache, without the network."""
+    where = folder_of(config)
+    folder = Path(where)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(where, revision=config.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise ModelError(
+                f"the backbone {where} is not in the hub's cache here: answer a row with `treelora predict` first, "
+                "or keep the hub id alone"
+            ) from None
+    _check_folder(folder, kind)
+    return folder
+
+
 def _check_folder(folder: Path, kind: str) -> None:
     here = {path.name for path in folder.iterdir()}
     missing = [] if "config.json" in here else ["config.json"]
@@ -54,7 +73,8 @@ def _check_folder(folder: Path, kind: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Within it transformers says nothing."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -83,7 +103,7 @@ def from_pretrained(where: str, config: ModelConfig, kind: str) -> tuple[Any, An
     # Some vision models bring a pooler that is never used and often not stored.
     pooler = {"add_pooling_layer": False} if kind == "image" and _has_pooler(where, options) else {}
     # What a folder does not hold is drawn: always the same, and without a trace in the global state.
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             net = loader.from_pretrained(
@@ -99,7 +119,7 @@ def _has_pooler(where: str, options: dict[str, Any]) -> bool:
     import transformers
 
     try:
-        with _quiet():
+        with quiet():
             kind = transformers.AutoConfig.from_pretrained(where, **options).model_type
     except (OSError, ValueError):
         return False  # the loading proper says what is wrong

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.stream import sentences
 from treelora_ray.cluster import run as cluster_run
 from treelora_ray.config import RunConfig, load
+from treelora_ray.store import open_folder
 from treelora_ray.training.stream import Listener
 
 PLACES = {"treelora": [], "paper": ["method.mode=paper", "method.probe_rounds=2"]}
@@ -44,6 +45,7 @@ def timed(task: dict[Any, Any]) -> None:
     from treelora_ray.cluster import worker
     from treelora_ray.cluster.desk import Reporter
     from treelora_ray.config import from_mapping
+    from treelora_ray.store import open_folder
 
     class Clock(Listener):
         def __init__(self) -> None:
@@ -72,7 +74,7 @@ def timed(task: dict[Any, Any]) -> None:
             config = from_mapping(pair["alone"])
             folder = Path(config.folder) / f"{config.name}-alone"
             folder.mkdir()
-            learn(config, folder, listener=clock)
+            learn(config, open_folder(folder), listener=clock)
             found.setdefault(f"{pair['mode']} alone", []).append(clock.seconds())
         clock.times.clear()
         worker.work(pair["together"])
@@ -93,7 +95,7 @@ def measure(folder: Path, stream: list[str], steps: int, repeats: int, workers: 
                 config = settings(f"{mode}-{workers}-{repeat}", folder, stream, steps, workers, mode)
                 own = folder / str(config.name)
                 own.mkdir(parents=True)
-                actors = stack.enter_context(cluster_run._actors(config, own))
+                actors = stack.enter_context(cluster_run._actors(config, str(own)))
                 plain = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 0})})
                 alone = plain.model_dump(mode="json", by_alias=True) if workers == 1 else None
                 pairs.append({"mode": mode, "alone": alone, "together": actors[1]})
@@ -129,7 +131,7 @@ def recovery(folder: Path, stream: list[str], steps: int) -> tuple[float, float]
 
     watch, config = Watch(), settings("recovery", folder, stream, 20 * steps, 2, "treelora")
     began = time.perf_counter()
-    cluster_run.train(config, folder / "recovery", watch, lambda: bool(watch.again))
+    cluster_run.train(config, open_folder(folder / "recovery"), watch, lambda: bool(watch.again))
     return watch.first - began, watch.again - watch.killed
 
 
@@ -148,6 +150,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ["TREELORA_TRACKING"] = "none"
     repeats, steps = (1, 30) if options.quick else (options.repeats, 60)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

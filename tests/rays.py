@@ -19,7 +19,7 @@ from ray.train import RunConfig as TrainRun
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from tests import tiny
+from tests import buckets, tiny
 from tests.integration.test_runs import settings, write
 from treelora_ray.cluster import run as cluster_run
 from treelora_ray.cluster.worker import NAMESPACE, work
@@ -43,7 +43,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        for name, value in cluster_run.ENVIRONMENT.items():
+        for name, value in (cluster_run.ENVIRONMENT | buckets.ENVIRONMENT).items():
             patch.setenv(name, value)
         ray.init(
             address="local",  # whatever else runs on this machine
@@ -81,6 +81,8 @@ def config(data: Path, folder: Path, name: str, **changes: Any) -> dict[str, Any
             **changes,
         }
     method = METHODS.get(name, METHODS["treelora"])
+    if name == "prior":
+        method = {**method, "prior": str(folder.parent / "tree.safetensors")}
     backbone = data / ("llama" if name == "prompts" else "vit")
     epochs = 5 if name in ("paper", "released") else 2  # the warm-up of mode paper is ten steps
     train = {"threads": 1, "epochs": epochs, "checkpoint_every": 3}
@@ -95,7 +97,7 @@ def together(data: Path, folder: Path, names: list[str], workers: int) -> None:
         for name in names:
             made = from_mapping(config(data, folder, name, cluster={"workers": workers}))
             (folder / name).mkdir(parents=True)
-            every.append(stack.enter_context(cluster_run._actors(made, folder / name))[1])
+            every.append(stack.enter_context(cluster_run._actors(made, str(folder / name)))[1])
 
         def each(settings: dict[Any, Any]) -> None:
             for one in settings["every"]:

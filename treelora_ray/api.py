@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ from treelora_ray.methods.catalogue import make
 from treelora_ray.methods.comm import Comm
 from treelora_ray.methods.guides import MakeGuide
 from treelora_ray.methods.learner import Learner
+from treelora_ray.methods.treelora import TreeLora
 from treelora_ray.models.backbone import load_model
-from treelora_ray.training.errors import RunError
+from treelora_ray.store import RunFolder, StoreError, joined, local_path, open_folder
+from treelora_ray.tracking.tracked import tracker
+from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.evaluate import Answers, Evaluator
-from treelora_ray.training.state import Checkpoints, restore
+from treelora_ray.training.state import Checkpoints, Loaded, restore
 from treelora_ray.training.stream import Listener, StreamRun
+from treelora_ray.training.tracker import Tracker
 
 # What may differ when a run goes on, where the caller says so. `whole` only between two tasks: they make its steps.
 MAY_CHANGE = ("train.", "evaluate.", "objective.routing", "objective.max_new_tokens", "method.lambda", "stream.path")
@@ -37,12 +41,22 @@ WHOLE = ("train.batch", "train.epochs", "train.steps", "train.warmup", "train.sc
 
 
 class Run:
-    """A run as its folder holds it."""
+    """A run as its folder holds it. Of one in an object store, what is asked for is fetched, and kept as long as the
+    process lives."""
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self._files = open_folder(folder)
+        self._fetched: set[str] = set()
+        self.folder, self.address = self._files.path, self._files.address
+        self._files.pull("config.yaml", "result.json")
         if not (self.folder / "config.yaml").is_file():
-            raise RunError(f"{self.folder} is no run: it has no config.yaml; give the folder that `train` made")
+            raise RunError(f"{self.address} is no run: it has no config.yaml; give the folder that `train` made")
+
+    def _fetch(self, name: str) -> Path:
+        if name not in self._fetched:
+            self._files.pull(name)
+            self._fetched.add(name)
+        return self.folder / name
 
     @cached_property
     def config(self) -> RunConfig:
@@ -52,7 +66,7 @@ class Run:
     def result(self) -> dict[str, Any]:
         path = self.folder / "result.json"
         if not path.is_file():
-            raise RunError(f"run {self.folder} has learnt no task yet: go on with `treelora train`")
+            raise RunError(f"run {self.address} has learnt no task yet: go on with `treelora train`")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
@@ -78,17 +92,27 @@ class Run:
     @property
     def adapters(self) -> dict[str, Path]:
         """By task, its folder that peft loads."""
-        return {task: self.folder / "adapters" / task for task in self.tasks}
+        folder = self._fetch("adapters")
+        return {task: folder / task for task in self.tasks}
+
+    @property
+    def journal(self) -> Path:
+        """What was told while it was learnt; need not be there."""
+        return self._fetch("journal.jsonl")
+
+    def checkpoint(self) -> Loaded:
+        """The newest that is whole."""
+        found = Checkpoints(self._fetch("checkpoints")).load(lambda _: None)
+        if found is None:
+            raise RunError(f"run {self.address} has no checkpoint: go on with `treelora train`")
+        return found
 
     @cached_property
     def method(self) -> Method:
         """The method as it was after its last task, ready to answer."""
-        checkpoints = Checkpoints(self.folder / "checkpoints")
-        found = checkpoints.load(lambda _: None)
-        if found is None:
-            raise RunError(f"run {self.folder} has no checkpoint: go on with `treelora train`")
+        found = self.checkpoint()
         if found.meta["step"] is not None:
-            raise RunError(f"run {self.folder} is in the middle of a task: finish it with `treelora train` first")
+            raise RunError(f"run {self.address} is in the middle of a task: finish it with `treelora train` first")
         method = assemble(self.config, found.meta["kind"])
         restore(method, found.tensors, found.meta, found.slots)
         return method
@@ -97,6 +121,8 @@ class Run:
         """Labels or texts for rows with the input column alone (image, text or prompt), tasks unknown."""
         if routing == "oracle":
             raise RunError("oracle routing needs to know the tasks of the rows: use inferred or last")
+        if routing not in (None, "inferred", "last"):
+            raise RunError(f"routing {routing!r} is unknown: use inferred or last")
         table = MemoryRows({k: list(v) for k, v in rows.items()}) if isinstance(rows, Mapping) else rows
         needed = self.method.learner.model.kind
         if needed not in table.columns:
@@ -115,6 +141,14 @@ class Run:
         tasks = enumerate(found.tasks[: len(self.method.learner.infos)])
         return {task.name: evaluator.score(number, task) for number, task in tasks}
 
+    def export_tree(self, path: Path | str) -> None:
+        """Writes tree and adapters to one file, with which another run may begin: its `method.prior`."""
+        if self.config.method.name != "treelora":
+            raise RunError(f"run {self.address} was learnt by {self.config.method.name}: only treelora has a tree")
+        method = self.method
+        assert isinstance(method, TreeLora)
+        method.export_tree(Path(path))
+
 
 def run(
     config: RunConfig | Mapping[str, Any] | str | Path,
@@ -130,8 +164,9 @@ def run(
     """
     config = _as_config(config)
     listener = listener or Listener()
-    folder = Path(config.folder).absolute() / run_name(config)
-    with _locked(folder):
+    address = joined(config.folder, run_name(config))
+    with open_folder(_absolute(address)) as folder, _locked(folder):
+        folder.pull("config.yaml")
         _require_same_config(folder, config, allow, listener)
         if config.cluster.workers == 0:
             learn(config, folder, listener=listener, stop=stop)
@@ -139,12 +174,17 @@ def run(
             from treelora_ray.cluster.run import train  # the only way from here to ray
 
             train(config, folder, listener, stop)
-    return Run(Path(config.folder) / run_name(config))
+    return Run(address)
+
+
+def _absolute(address: str) -> str:
+    path = local_path(address)
+    return address if path is None else str(path.absolute())
 
 
 def learn(
     config: RunConfig,
-    folder: Path,
+    folder: RunFolder,
     *,
     listener: Listener,
     stop: Callable[[], bool] = lambda: False,
@@ -156,14 +196,45 @@ def learn(
     threads = config.train.threads or (config.cluster.cpus_per_worker if config.cluster.workers else None)
     with torch.random.fork_rng(), _threads(threads):
         method = assemble(config, stream.kind, comm, make_guide)
-        stream_run = StreamRun(config, stream, method, folder, listener, stop)
+        told = Tracker()
+        if method.learner.comm.rank == 0:
+            told = tracker(config.tracking, folder.path, config.train.batch, listener.note, folder.stored)
+        stream_run = StreamRun(config, stream, method, folder, listener, stop, told)
         resumed = stream_run.resume()
+        if not resumed:
+            method.before_stream()
         if stream_run.leads:
             if resumed:
                 _require_whole(folder, config, stream_run)
                 listener.note(f"going on with {folder}, {stream_run.done} of {len(stream_run.units)} units learnt")
-            write_atomically(folder / "config.yaml", config.to_yaml().encode())
-        stream_run.go()
+            write_atomically(folder.path / "config.yaml", config.to_yaml().encode())
+            folder.push()
+        try:
+            _followed(stream_run.go, told)
+        except Exception:
+            with suppress(StoreError, OSError):
+                _store(folder, stream_run)
+            raise
+        _store(folder, stream_run)
+
+
+def _store(folder: RunFolder, stream_run: StreamRun) -> None:
+    """The rest: what the tracker has written last."""
+    if stream_run.leads:
+        folder.push()
+
+
+def _followed(go: Callable[[], None], told: Tracker) -> None:
+    """Whatever happens, the tracker hears how it ended."""
+    try:
+        go()
+    except (Stopped, KeyboardInterrupt):
+        told.ends("KILLED")
+        raise
+    except BaseException:
+        told.ends("FAILED")
+        raise
+    told.ends("FINISHED")
 
 
 def assemble(config: RunConfig, kind: str, comm: Comm | None = None, make_guide: MakeGuide = Guide) -> Method:
@@ -182,10 +253,10 @@ def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process trains in a folder at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+def _locked(folder: RunFolder) -> Iterator[None]:
+    """One process of this machine trains a run at a time."""
+    folder.lock.parent.mkdir(parents=True, exist_ok=True)
+    with folder.lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -206,9 +277,9 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _require_same_config(folder: Path, config: RunConfig, allow: Sequence[str], listener: Listener) -> None:
+def _require_same_config(folder: RunFolder, config: RunConfig, allow: Sequence[str], listener: Listener) -> None:
     """Refuses a config that differs from the run's own, beyond what is free and what is allowed."""
-    path = folder / "config.yaml"
+    path = folder.path / "config.yaml"
     if not path.is_file():
         return
     changed = differences(load(path), config)
@@ -226,9 +297,10 @@ def _require_same_config(folder: Path, config: RunConfig, allow: Sequence[str], 
         listener.note(f"changed: {line}")
 
 
-def _require_whole(folder: Path, config: RunConfig, stream_run: StreamRun) -> None:
-    if stream_run.step is None or not (folder / "config.yaml").is_file():
+def _require_whole(folder: RunFolder, config: RunConfig, stream_run: StreamRun) -> None:
+    path = folder.path / "config.yaml"
+    if stream_run.step is None or not path.is_file():
         return
-    changed = [line for line in differences(load(folder / "config.yaml"), config) if line.split(":")[0] in WHOLE]
+    changed = [line for line in differences(load(path), config) if line.split(":")[0] in WHOLE]
     if changed:
         raise ConfigError("a task is in progress, whose steps would change; end it first:\n  " + "\n  ".join(changed))

@@ -21,10 +21,14 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Chec
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Import and describe data.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+tree_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Hand a run's tree on.")
+app.add_typer(tree_app, name="tree")
+track_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What MLflow is told of runs.")
+app.add_typer(track_app, name="track")
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or the name of a preset (treelora config list).")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as train.lr=1e-3.")]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
+RunFolder = Annotated[str, typer.Argument(help="The folder of a run, or its address (s3://, gs://).")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 Routing = Annotated[str | None, typer.Option(help="inferred, oracle or last; left out: as the run's config says.")]
 
@@ -58,19 +62,20 @@ def train(
 
     found = load(config, [*(overrides or []), *(["cluster.workers=0"] if local else [])])
     from treelora_ray.api import run
+    from treelora_ray.store import joined
     from treelora_ray.tracking import console as shown
 
     listener = shown.listener(quiet, as_json)
     with _stoppable() as stop:
         done = run(found, allow=allow_change or [], listener=listener, stop=stop)
     if isinstance(listener, shown.JsonLines):
-        listener.write("finished", folder=str(done.folder), metrics=done.metrics)
+        listener.write("finished", folder=done.address, metrics=done.metrics)
     elif quiet:
-        typer.echo(str(done.folder))
+        typer.echo(done.address)
     else:
         shown.score_tables(done.result, _console())
-        typer.echo(f"\nThe run lies in {done.folder}; its adapters in {done.folder / 'adapters'}")
-        typer.echo(f"Look again: treelora show {done.folder}")
+        typer.echo(f"\nThe run lies in {done.address}; its adapters in {joined(done.address, 'adapters')}")
+        typer.echo(f"Look again: treelora show {done.address}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -125,6 +130,39 @@ def predict(
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    task: Annotated[str, typer.Option(help="The task whose adapter is wanted.")],
+    target: Annotated[Path, typer.Option("--output", help="The folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The backbone with the adapter in its weights.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an export that is there already.")] = False,
+) -> None:
+    """Write a task's adapter as a folder that peft loads, or merged into its backbone, for transformers alone."""
+    from treelora_ray.api import Run
+    from treelora_ray.tracking.export import export_task
+
+    export_task(Run(run), task, target, merge, force)
+    typer.echo(f"written to {target}")
+
+
+@app.command()
+def model(
+    run: RunFolder,
+    target: Annotated[Path, typer.Option("--output", help="The folder to write.")],
+    copy_backbone: Annotated[
+        bool, typer.Option("--backbone/--no-backbone", help="Copy the backbone, or keep the hub id alone.")
+    ] = True,
+    force: Annotated[bool, typer.Option(help="Replace a model that is there already.")] = False,
+) -> None:
+    """Write a finished run as an MLflow model, that routes and answers rows anywhere: docs/models.md."""
+    from treelora_ray.api import Run
+    from treelora_ray.tracking.model import save_model
+
+    save_model(Run(run), target, copy_backbone=copy_backbone, force=force)
+    typer.echo(f"written to {target}; load it: mlflow.pyfunc.load_model({str(target)!r}).predict(frame)")
+
+
+@app.command()
 def show(run: RunFolder, as_json: Json = False) -> None:
     """The score matrix, metrics, tree and times of a run."""
     from treelora_ray.api import Run
@@ -139,6 +177,34 @@ def show(run: RunFolder, as_json: Json = False) -> None:
     state = "finished" if found.finished else f"{len(found.tasks)} of {len(result['stream'])} tasks learnt"
     typer.echo(f"{run}: {found.config.method.name}, {state}, routing {found.config.objective.routing}")
     score_tables(result, _console())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    target: Annotated[
+        Path | None, typer.Option("--output", help="The file; left out: RUN/report.html, of several ./report.html.")
+    ] = None,
+) -> None:
+    """Write one HTML file about a run, or about several side by side: scores, figures, settings, what it ran on."""
+    from treelora_ray.tracking.report import beside, open_run, write_report
+
+    found = [open_run(run) for run in runs]
+    typer.echo(f"written to {write_report(found, target or beside(found, 'report.html'))}")
+
+
+@app.command()
+def figures(
+    run: RunFolder,
+    target: Annotated[Path | None, typer.Option("--output", help="The folder; left out: RUN/figures.")] = None,
+) -> None:
+    """Write the figures of a run, as PNG and SVG."""
+    from treelora_ray.tracking.figures import write_figures
+    from treelora_ray.tracking.report import beside, open_run
+
+    found = open_run(run)
+    written = write_figures(found, target or beside([found], "figures"))
+    typer.echo(f"{len(written)} files written to {written[0].parent}")
 
 
 @app.command()
@@ -187,7 +253,7 @@ def data_describe(config: Config, overrides: Overrides = None, as_json: Json = F
     from treelora_ray.data.importers import describe
     from treelora_ray.data.stream import open_stream
 
-    if Path(config).is_dir():
+    if "://" in config or Path(config).is_dir():
         stream: dict[str, Any] = {"source": "parquet", "path": config}
         found = from_mapping({"stream": stream})
     else:
@@ -233,6 +299,55 @@ def data_import(
     typer.echo(f"written to {target}; look at it: treelora data describe {target}")
 
 
+@track_app.command("sync")
+def track_sync(run: RunFolder) -> None:
+    """Deliver what MLflow has not yet been told of a run."""
+    from treelora_ray.api import Run
+    from treelora_ray.store import open_folder
+    from treelora_ray.tracking.sender import sync
+    from treelora_ray.tracking.store import explained
+    from treelora_ray.tracking.tracked import names_store
+
+    if not names_store(Run(run).config.tracking) and "://" in run:
+        raise typer.BadParameter("a run in an object store has no database beside it: set MLFLOW_TRACKING_URI")
+    try:
+        with open_folder(run) as folder:
+            folder.pull()
+            count = sync(folder.path)
+    except ValueError:
+        raise
+    except Exception as error:  # of MLflow, of its database or of the network
+        _fail(1, f"error: {explained(error)}")
+    typer.echo(f"{count} entries delivered" if count else "nothing was left to deliver")
+
+
+@app.command()
+def ui(
+    folder: Annotated[Path, typer.Argument(help="The folder of runs, or one run.")] = Path("runs"),
+    port: Annotated[int | None, typer.Option(help="Left out: a free one.")] = None,
+) -> None:
+    """Look at runs in MLflow, on this machine alone. Ctrl-C ends it."""
+    from treelora_ray.tracking.ui import serve
+
+    with _stoppable("ending the server") as stop:
+        serve(folder, port, lambda text: typer.echo(text), stop)
+
+
+@tree_app.command("export")
+def tree_export(
+    run: RunFolder,
+    target: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, FILE.safetensors.")],
+    force: Annotated[bool, typer.Option(help="Replace the file where it is there already.")] = False,
+) -> None:
+    """Write a run's tree and adapters to one file, with which another run begins: method.prior=FILE."""
+    from treelora_ray.api import Run
+
+    if target.exists() and not force:
+        raise typer.BadParameter(f"{target} is there already: give --force to replace it", param_hint="FILE")
+    Run(run).export_tree(target)
+    typer.echo(f"written to {target}; begin with it: treelora train CONFIG method.prior={target}")
+
+
 def _routing(value: str | None) -> str | None:
     if value not in (None, "inferred", "oracle", "last"):
         raise typer.BadParameter(f"{value!r} is unknown; known: inferred, oracle, last", param_hint="--routing")
@@ -246,7 +361,7 @@ def _console() -> Any:
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[Callable[[], bool]]:
+def _stoppable(words: str = "stopping at a checkpoint; once more to stop at once") -> Iterator[Callable[[], bool]]:
     """The first signal asks the run to stop at a checkpoint, the second stops it at once."""
     asked: list[int] = []
 
@@ -256,7 +371,7 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
             os.kill(os.getpid(), number)
             return
         asked.append(number)
-        print("stopping at a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        print(words, file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

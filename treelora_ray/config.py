@@ -19,6 +19,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator
 
+from treelora_ray.store import problem, with_secrets
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -33,7 +35,7 @@ class StreamConfig(Section):
     into tasks by class. trace: folders `train.json`, `test.json` of prompt and answer. labels: folders `train.json`,
     `test.json` of sentence and label, with `labels.json`."""
     path: str | None = None
-    """Folder, file or `hf://` address; digits needs none."""
+    """Folder, file, or address: `hf://`, `s3://`, `gs://`; digits needs none."""
     tasks: int | list[str] | None = None
     """The first so many tasks, or these tasks in this order; all where it is left out (digits: 12)."""
     order: Literal["given", "random"] = "given"
@@ -186,6 +188,29 @@ class ClusterConfig(Section):
         return value
 
 
+class TrackingConfig(Section):
+    to: Literal["mlflow", "journal", "none"] = "mlflow"
+    """mlflow: a journal in the run's folder, delivered to MLflow. journal: that alone. The variable TREELORA_TRACKING
+    wins over it."""
+    uri: str | None = None
+    """MLflow's store or server; left out: MLFLOW_TRACKING_URI, else a database beside the run's folder. Without user or
+    password: these come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    experiment: str | None = None
+    """The experiment runs are compared in; left out: the name of the data."""
+    group: Annotated[str, Field(pattern=r"^[^'`\"]+$")] | None = None
+    """Runs of one group are shown below a common parent."""
+    required: bool = False
+    """End the run where MLflow does not answer at its start; else it goes on with the journal."""
+    every: Positive = 10
+    """Steps that share one entry: the mean of their losses, the speed, the learning rate."""
+    wait: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that a finished run may take to deliver what is left."""
+    model: bool = True
+    """Log the finished stream as a model that MLflow can load."""
+    register_as: str | None = Field(default=None, alias="register")
+    """Register that model under this name."""
+
+
 class Options(Section):
     """Options of a method; `methods/options.py` has those of each."""
 
@@ -199,7 +224,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of adapters, batches, row limits, dropout and orders."""
     folder: str = "runs"
-    """Where run folders lie."""
+    """Where run folders lie: a folder, or an address `s3://BUCKET/FOLDER`, `gs://BUCKET/FOLDER`."""
     stream: StreamConfig = StreamConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -207,6 +232,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -215,12 +241,13 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         """With every default filled in; itself a valid config."""
-        return str(yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True))
+        data = self.model_dump(mode="json", by_alias=True)
+        return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
     @property
     def digest(self) -> str:
         """Of all that results depend on."""
-        data = {k: v for k, v in _flat(self.model_dump(mode="json", by_alias=True)).items() if not _is_free(k)}
+        data = {k: v for k, v in _flat(self.model_dump(mode="json", by_alias=True)).items() if not free_key(k)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -251,12 +278,13 @@ class ConfigError(ValueError):
 FREE_KEYS = (
     "name", "folder",  # where it lies
     "train.checkpoint_every", "train.threads",  # when it is saved, how fast it runs
-    "evaluate.batch", "model.device",  # how it is computed; likewise all of `cluster`
+    "evaluate.batch", "model.device",  # how it is computed; likewise all of `cluster` and `tracking`
 )  # fmt: skip
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE_KEYS or key.startswith("cluster.")
+def free_key(key: str) -> bool:
+    """Whether results do not depend on a dotted key."""
+    return key in FREE_KEYS or key.startswith(("cluster.", "tracking."))
 
 
 def presets() -> list[str]:
@@ -331,10 +359,15 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return {key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that would be read as such numbers."""
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _value(text: str) -> Any:
@@ -373,7 +406,7 @@ def _describe(problem: Any, above: str = "", known: Sequence[str] = ()) -> str:
 
 def keys() -> list[str]:
     """All dotted keys, without those of methods."""
-    return [key for key in _flat(RunConfig().model_dump()) if not key.startswith("method.")]
+    return [key for key in _flat(RunConfig().model_dump(by_alias=True)) if not key.startswith("method.")]
 
 
 def _nearest(key: str) -> str | None:
@@ -391,6 +424,10 @@ def _conflicts(config: RunConfig) -> list[str]:
     """What is wrong between fields that are right by themselves."""
     stream, train, model, objective = config.stream, config.train, config.model, config.objective
     wrong = []
+    if said := problem(config.folder):
+        wrong.append(f"folder {said}")
+    if stream.path and with_secrets(stream.path):
+        wrong.append("stream.path holds a user, a password or a key, which would be kept with the run: leave them out")
     if stream.source not in ("digits", "split") and stream.path is None:
         wrong.append(f"stream.path is missing: source {stream.source} needs the folder to read")
     if stream.source == "split" and stream.path is None and stream.preset is None:
@@ -407,6 +444,13 @@ def _conflicts(config: RunConfig) -> list[str]:
         wrong.append("objective.packing is true, which is not supported: leave it out")
     if objective.kind == "causal-lm" and objective.ce_scope == "seen":
         wrong.append("objective.ce_scope is 'seen', but causal-lm has no classes that compete: leave it out")
+    if config.tracking.uri and re.search("//[^/]*@", config.tracking.uri):
+        wrong.append(
+            "tracking.uri holds a user or a password, which would be kept with the run: set the variables "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or give all of it as MLFLOW_TRACKING_URI"
+        )
+    if config.tracking.register_as and not config.tracking.model:
+        wrong.append("tracking.register names a model, but tracking.model is false: leave one of them out")
     return wrong + _guide_conflicts(config)
 
 
@@ -441,7 +485,7 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """`key: old -> new` for each key that matters in which two configs differ."""
     one, other = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
     changed = [key for key in one | other if one.get(key) != other.get(key)]
-    return [f"{key}: {one.get(key)!r} -> {other.get(key)!r}" for key in changed if not _is_free(key)]
+    return [f"{key}: {one.get(key)!r} -> {other.get(key)!r}" for key in changed if not free_key(key)]
 
 
 def run_name(config: RunConfig) -> str:

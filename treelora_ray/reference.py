@@ -27,7 +27,7 @@ def reference() -> str:
     parts.append(_table("The run", plain, ""))
     for key, field in RunConfig.model_fields.items():
         if (inner := _section(field)) is not None:
-            own = {k: f for k, f in inner.model_fields.items() if _section(f) is None}
+            own = {f.alias or k: f for k, f in inner.model_fields.items() if _section(f) is None}
             parts.append(_table(f"`{key}`", own, f"{key}."))
             for name, nested in inner.model_fields.items():
                 if (below := _section(nested)) is not None:
@@ -36,7 +36,7 @@ def reference() -> str:
         fields = {field.alias or key: field for key, field in options.model_fields.items() if key != "name"}
         text = " ".join((options.__doc__ or "").split())
         parts.append(_table(f"`method` with `name: {name}`", fields, "method.", text))
-    free = ", ".join(f"`{key}`" for key in (*FREE_KEYS, "cluster.*"))
+    free = ", ".join(f"`{key}`" for key in (*FREE_KEYS, "cluster.*", "tracking.*"))
     parts.append(
         "## Which settings are a run's identity\n\nAll of them, so that a run goes on under the settings it began"
         f" with; but for {free}, on which results do not depend. `--allow-change KEY` lets `train.*`, `evaluate.*`, "

@@ -98,8 +98,9 @@ def live(guide: Guide | RemoteGuide, hook: Hook = nothing, tasks: range = range(
         if guide.config.observe == "probe":
             choice = guide.commit()
             seen.append([part.tolist() for part in (choice.task, choice.distance, choice.related)])
+        compared = guide.measured()
         seen.append(guide.insert(None if guide.config.observe == "probe" else gradient(task, 99)))
-        seen.append((guide.draw(), guide.to_data(), guide.nbytes(), list(guide.names)))
+        seen.append((guide.draw(), guide.to_data(), compared, guide.measured(), guide.nbytes(), list(guide.names)))
     return seen
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from tests.rays import METHODS, config, state, together
 from treelora_ray import run
 from treelora_ray.cluster import submit
 from treelora_ray.cluster.errors import ClusterError
-from treelora_ray.cluster.run import ENVIRONMENT
+from treelora_ray.cluster.run import ENVIRONMENT, connected
+from treelora_ray.config import ClusterConfig
 from treelora_ray.training.errors import NonFiniteError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -23,9 +26,11 @@ from treelora_ray.training.stream import Listener
 def test_one_worker_learns_what_one_process_does_to_the_bit_and_two_within_rounding(
     ray_data: Path, tmp_path: Path
 ) -> None:
-    names = [*METHODS, "prompts"]
+    names = [*METHODS, "prompts", "prior"]
     for name in names:
-        run(config(ray_data, tmp_path / "local", name))
+        done = run(config(ray_data, tmp_path / "local", name))
+        if name == "treelora":
+            done.export_tree(tmp_path / "tree.safetensors")
     together(ray_data, tmp_path / "one", names, 1)
     together(ray_data, tmp_path / "two", names, 2)
     for name in names:
@@ -122,3 +127,17 @@ def test_the_driver_of_a_job_sends_nothing_that_the_job_has_sent_already(
     merged = _merge_runtime_env(RuntimeEnv(**job), RuntimeEnv(**asked[0]))
     assert merged is not None
     assert merged["env_vars"].keys() >= ENVIRONMENT.keys()
+
+
+def test_a_signal_asks_the_run_to_stop_where_ray_would_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)))
+        monkeypatch.setattr(ray, "shutdown", lambda: None)
+        with connected(ClusterConfig(address="127.0.0.1:1"), Listener()):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from treelora_ray.config import ConfigError, RunConfig, differences, from_mapping, keys, load, presets, run_name
@@ -29,6 +29,7 @@ def test_every_preset_loads_and_its_effective_config_is_the_same_config(tmp_path
     pull=st.floats(0, 100),
     tasks=st.none() | st.integers(1, 48) | st.lists(st.from_regex(r"[a-z0-9._-]{1,9}", fullmatch=True), max_size=3),
 )
+@example(seed=0, lr=0.1, pull=0.0, tasks=["0e0", "1e5", "1.5e-3"])
 def test_what_is_written_is_read_back(
     seed: int, lr: float, pull: float, tasks: object, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -100,6 +100,7 @@ def words(client: Client) -> list[str]:
         (["quickstart"], ClusterError, "folder is 'runs', a relative path: a job runs in a temporary folder"),
         (["quickstart", "folder=/s", "stream.source=parquet", "stream.path=d"], ClusterError, "stream.path is 'd'"),
         (["quickstart", "folder=/s", "model.backbone=vit"], ClusterError, "model.backbone is 'vit'"),
+        (["quickstart", "folder=/s", "method.prior=tree"], ClusterError, "method.prior is 'tree'"),
         (["--allow-change", "train.lr"], ClusterError, "config first"),
     ],
 )
@@ -122,12 +123,13 @@ def test_an_absolute_folder_or_a_uri_goes_to_the_cluster_as_it_is(folder: Path, 
 
 def test_on_this_machine_relative_paths_become_those_of_the_caller(folder: Path, client: Client) -> None:
     (folder / "vit").mkdir()
-    given = ["quickstart", "stream.source=parquet", "stream.path=my data", "model.backbone=vit"]
+    given = ["quickstart", "stream.source=parquet", "stream.path=my data", "model.backbone=vit", "method.prior=tree"]
     _, said = go(folder, *given)
     effective = load("quickstart", [word for word in words(client) if "=" in word])
     assert effective.folder == str(folder / "runs")
     assert effective.stream.path == str(folder / "my data")
     assert effective.model.backbone == str(folder / "vit")
+    assert effective.method.model_dump()["prior"] == str(folder / "tree")
     assert f"folder is {folder / 'runs'} of the machine on which the cluster runs" in said
 
 

@@ -201,6 +201,9 @@ class RemoteGuide:
     def to_data(self) -> list[dict[str, Any]]:
         return list(self._ask("to_data")["nodes"])
 
+    def measured(self) -> dict[str, Any]:
+        return dict(self._ask("measured"))
+
     def nbytes(self) -> int:
         return int(self._ask("nbytes")["nbytes"])
 

@@ -44,7 +44,7 @@ Values: TypeAlias = dict[str, Any]  # arguments or an answer, by name: tensors, 
 UNANSWERED = 4  # calls that a caller may send before it takes the answer of the first
 LIMIT = 8 << 20  # bytes of a journal; above it, and above the guide's own size, a snapshot takes its place
 CHANGING = ("begin_task", "probe", "commit", "select", "observe", "insert", "exchange")
-READING = ("directions", "snapshot", "draw", "to_data", "nbytes")
+READING = ("directions", "snapshot", "draw", "to_data", "measured", "nbytes")
 HEAD = struct.Struct("<Q32s")  # of a record: length and SHA-256 of its payload
 OURS = re.compile(r"\.?(?:snapshot|journal)-(\d+)\b.*")  # files of the journal, temporary ones included
 
@@ -304,6 +304,8 @@ def answer_of(guide: Guide, name: str, arguments: Mapping[str, Any]) -> Values:
             return {"text": guide.draw()}
         case "to_data":
             return {"nodes": guide.to_data()}
+        case "measured":
+            return guide.measured()
         case "nbytes":
             return {"nbytes": guide.nbytes()}
     raise GuideError(f"the guide has no call {name!r}; it has: {', '.join(CHANGING + READING)}")

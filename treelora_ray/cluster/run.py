@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ from treelora_ray.cluster.errors import ClusterError, first_line
 from treelora_ray.cluster.guide_actor import start_guide_actor
 from treelora_ray.cluster.worker import NAMESPACE, work
 from treelora_ray.config import ClusterConfig, RunConfig
+from treelora_ray.store import RunFolder
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -47,11 +49,11 @@ ENVIRONMENT = {
 ELASTIC = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}  # after which fewer workers begin
 
 
-def train(config: RunConfig, folder: Path, listener: Listener, stop: Callable[[], bool]) -> None:
+def train(config: RunConfig, folder: RunFolder, listener: Listener, stop: Callable[[], bool]) -> None:
     """Learns a stream with Ray workers; raises `Stopped` when asked to stop."""
     with connected(config.cluster, listener) as own:
         require_room(config.cluster, listener, own)
-        with _actors(config, folder) as (desk, settings):
+        with _actors(config, str(folder)) as (desk, settings):
             _drive(config, folder, listener, stop, desk, settings)
 
 
@@ -66,8 +68,12 @@ def connected(cluster: ClusterConfig, listener: Listener) -> Iterator[bool]:
         return
     for name, value in _environment(cluster).items():
         os.environ.setdefault(name, value)
+    asked = signal.getsignal(signal.SIGTERM)
     try:
-        yield _connect(cluster, listener)
+        own = _connect(cluster, listener)
+        if callable(asked) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, asked)  # Ray has put its own there, which exits at once
+        yield own
     finally:
         ray.shutdown()
 
@@ -152,9 +158,9 @@ def _missing(wanted: dict[str, float], present: dict[str, float]) -> str:
 
 
 @contextmanager
-def _actors(config: RunConfig, folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _actors(config: RunConfig, folder: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The run's desk and guide, and the settings of its workers. Their names hold the folder: one run, one of each."""
-    key = str(folder).strip("/").replace("/", ".")
+    key = folder.strip("/").replace("/", ".")
     names = {"desk": f"desk {key}", "guide": f"guide {key}"}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     scratch = Path(tempfile.mkdtemp(prefix="treelora-guide-"))
@@ -166,7 +172,7 @@ def _actors(config: RunConfig, folder: Path) -> Iterator[tuple[Any, dict[str, An
         actors.append(_as_soon_as_free(lambda: desk.remote(), folder))
         if config.method.name == "treelora":
             actors.append(_as_soon_as_free(lambda: start_guide_actor(names["guide"], NAMESPACE, scratch), folder))
-        yield actors[0], {**names, "config": config.model_dump(mode="json", by_alias=True), "folder": str(folder)}
+        yield actors[0], {**names, "config": config.model_dump(mode="json", by_alias=True), "folder": folder}
     finally:
         for actor in actors:
             with suppress(RayError):
@@ -174,7 +180,7 @@ def _actors(config: RunConfig, folder: Path) -> Iterator[tuple[Any, dict[str, An
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _as_soon_as_free(start: Callable[[], Any], folder: Path) -> Any:
+def _as_soon_as_free(start: Callable[[], Any], folder: str) -> Any:
     """Actors of a driver that has just died keep their names for a moment."""
     deadline = time.monotonic() + OLD_ACTORS
     while True:
@@ -192,7 +198,12 @@ def _as_soon_as_free(start: Callable[[], Any], folder: Path) -> Any:
 
 
 def _drive(
-    config: RunConfig, folder: Path, listener: Listener, stop: Callable[[], bool], desk: Any, settings: dict[str, Any]
+    config: RunConfig,
+    folder: RunFolder,
+    listener: Listener,
+    stop: Callable[[], bool],
+    desk: Any,
+    settings: dict[str, Any],
 ) -> None:
     """Fits until the stream is learnt; the controller's death counts as a failure like a worker's."""
     shown = _Shown(config.cluster, listener, desk, stop)
@@ -207,7 +218,7 @@ def _drive(
         if (error := ray.get(desk.failed.remote())) is not None:
             raise error
         if shown.stopping:
-            raise Stopped(folder)
+            raise Stopped(str(folder))
         if fit.error is None:
             return
         if not isinstance(fit.error, RayActorError) or attempt == config.cluster.max_failures:
@@ -217,8 +228,9 @@ def _drive(
         listener.note("the controller died; beginning again from the last checkpoint")
 
 
-def _trainer(config: RunConfig, folder: Path, settings: dict[str, Any]) -> TorchTrainer:
+def _trainer(config: RunConfig, folder: RunFolder, settings: dict[str, Any]) -> TorchTrainer:
     cluster = config.cluster
+    path, filesystem = folder.place()
     per_worker: dict[str, float] = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         per_worker["GPU"] = cluster.gpus_per_worker
@@ -234,7 +246,8 @@ def _trainer(config: RunConfig, folder: Path, settings: dict[str, Any]) -> Torch
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo"),
         run_config=TrainRun(  # type: ignore[call-arg]  # the stubs show the old one
             name="ray-train",
-            storage_path=str(folder),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

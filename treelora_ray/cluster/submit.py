@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from treelora_ray.cluster.errors import ClusterError, first_line
 from treelora_ray.config import load, run_name
+from treelora_ray.store import joined
 
 # At the top of the working folder: packages of the same names lie further down.
 STAY = ("data", "runs", "mlruns", "build", "dist", "benchmarks/out")
@@ -101,6 +102,7 @@ def _train(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
         source = _travelling(Path(source), working_dir)
     added, notes = [], []
     places = {"folder": config.folder, "stream.path": config.stream.path, "model.backbone": config.model.backbone}
+    places["method.prior"] = getattr(config.method, "prior", None)
     for key, value in places.items():
         local = key != "model.backbone" or Path(str(value)).is_dir()  # else it is a name on the hub
         if value and local and (absolute := _absolute(key, value, here)) != value:
@@ -113,7 +115,7 @@ def _train(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
     else:
         start = ["python", "-m", "treelora_ray", "train", source]
     folder = _absolute("folder", config.folder, here)
-    return Job(name, f"{folder.rstrip('/')}/{name}", shlex.join([*start, *words]), tuple(notes))
+    return Job(name, joined(folder, name), shlex.join([*start, *words]), tuple(notes))
 
 
 def _evaluate(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
@@ -122,7 +124,8 @@ def _evaluate(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
         start = ["python", "pipelines/evaluate.py", run]
     else:
         start = ["python", "-m", "treelora_ray", "evaluate", run]
-    return Job(f"evaluate-{run.rstrip('/').split('/')[-1]}", "", shlex.join([*start, *arguments[1:]]), ())
+    name = run.partition("?")[0].rstrip("/").split("/")[-1]
+    return Job(f"evaluate-{name}", "", shlex.join([*start, *arguments[1:]]), ())
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

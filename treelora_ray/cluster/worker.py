@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from treelora_ray.config import from_mapping
 from treelora_ray.core.config import GuideConfig
 from treelora_ray.core.layout import Layout
 from treelora_ray.methods.guides import AnyGuide, SharedGuide
+from treelora_ray.store import RunFolder, StoreError, open_folder
 from treelora_ray.training.errors import NonFiniteError, RunError, Stopped
 
 NAMESPACE = "treelora"
@@ -33,7 +36,7 @@ def work(settings: dict[str, Any]) -> None:
     desk = ray.get_actor(settings["desk"], namespace=NAMESPACE)
     if comm.share(bool(ray.get(desk.over.remote())) if comm.rank == 0 else False):
         return
-    config, folder = from_mapping(settings["config"]), Path(settings["folder"])
+    config = from_mapping(settings["config"])
 
     def remote(layout: Layout, guide: GuideConfig) -> AnyGuide:
         actor = ray.get_actor(settings["guide"], namespace=NAMESPACE)
@@ -45,15 +48,15 @@ def work(settings: dict[str, Any]) -> None:
     if comm.rank == 0:
         desk.tell.remote("alive", comm.workers)
     try:
-        _require_shared(folder, comm)
-        learn(
-            config,
-            folder,
-            listener=Reporter(desk, comm, _report),
-            stop=Stop(desk, comm),
-            comm=comm,
-            make_guide=make_guide,
-        )
+        with _shared_folder(settings["folder"], comm) as folder:
+            learn(
+                config,
+                folder,
+                listener=Reporter(desk, comm, _report),
+                stop=Stop(desk, comm),
+                comm=comm,
+                make_guide=make_guide,
+            )
     except Stopped:
         return
     except (GuideLostError, GuideTimeoutError):
@@ -65,17 +68,27 @@ def work(settings: dict[str, Any]) -> None:
         raise
 
 
-def _require_shared(folder: Path, comm: TorchComm) -> None:
-    """Every worker must see the folder that worker 0 writes to."""
-    path = folder / TOKEN
-    if comm.rank == 0:
-        path.write_text("")
-    comm.share(None)
-    if not path.is_file():
-        raise RunError(
-            f"worker {comm.rank} on node {ray.util.get_node_ip_address()} does not see what worker 0 writes in "
-            f"{folder}: give `folder` a place that all nodes share"
-        )
+@contextmanager
+def _shared_folder(address: str, comm: TorchComm) -> Iterator[RunFolder]:
+    """The run's folder, or this worker's mirror of it. Every worker must see what worker 0 writes there."""
+    where = f"worker {comm.rank} on node {ray.util.get_node_ip_address()}"
+    try:
+        folder = open_folder(address)
+    except StoreError as error:
+        raise RunError(f"{where}: {error}") from error
+    with folder:
+        path = folder.path / TOKEN
+        if comm.rank == 0:
+            path.write_text("")
+            folder.push()
+        comm.share(None)
+        if comm.rank > 0:
+            folder.pull(TOKEN)
+        if not path.is_file():
+            raise RunError(
+                f"{where} does not see what worker 0 writes in {folder}: give `folder` a place that all nodes share"
+            )
+        yield folder
 
 
 def _report(checkpoint: str, state: dict[str, Any]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.rows import digest
+from treelora_ray.store import SCHEMES, with_secrets
 
 # Where a split of a data set may lie: as written here, as the hub lays out uploads, and its converted branch.
 LAYOUTS = (
@@ -118,10 +121,19 @@ def open_filesystem(path: str) -> tuple[Any, str]:
     """The filesystem of a path or address, and the path there."""
     from fsspec.core import url_to_fs
 
+    scheme = urlsplit(path).scheme
+    if with_secrets(path):
+        raise DataError("the address of the data holds a user, a password or a key: leave them to the environment")
+    if scheme in SCHEMES and re.search(r"\?\w+=", path):
+        raise DataError(f"{path}: the address of data takes no ?options; set AWS_ENDPOINT_URL, AWS_REGION and such")
     try:
         filesystem, place = url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise DataError(f"{path} cannot be opened: {error}") from error
+        if scheme not in SCHEMES or not isinstance(error, ImportError):
+            raise DataError(f"{path} cannot be opened: {error}") from error
+        from treelora_ray.data.buckets import open_bucket
+
+        filesystem, place = open_bucket(path)
     return filesystem, place
 
 

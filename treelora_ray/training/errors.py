@@ -12,7 +12,7 @@ class RunError(ValueError):
 class Stopped(Exception):  # noqa: N818
     """A run was asked to stop, and has written a checkpoint."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         super().__init__(f"stopped; the run goes on from its checkpoint in {folder}")
         self.folder = folder
 

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from treelora_ray.config import RunConfig
+from treelora_ray.data.rows import digest
 from treelora_ray.data.stream import fingerprints
 from treelora_ray.data.task import TaskStream
 from treelora_ray.files import write_atomically
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Effort
+from treelora_ray.store import RunFolder
 from treelora_ray.training import loop
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.evaluate import Evaluator
 from treelora_ray.training.export import export_adapter
 from treelora_ray.training.record import provenance, score_table
 from treelora_ray.training.state import Checkpoints, capture, restore
+from treelora_ray.training.tracker import Tracker
 
 
 class Listener:
@@ -47,17 +50,20 @@ class StreamRun:
         config: RunConfig,
         stream: TaskStream,
         method: Method,
-        folder: Path,
+        folder: RunFolder | Path,
         listener: Listener | None = None,
         stop: Callable[[], bool] = lambda: False,
+        tracker: Tracker | None = None,
     ) -> None:
-        self.config, self.stream, self.method, self.folder = config, stream, method, folder
-        self.listener, self.stop = listener or Listener(), stop
+        self.config, self.stream, self.method = config, stream, method
+        self.files = folder if isinstance(folder, RunFolder) else RunFolder(folder)
+        self.folder = self.files.path
+        self.listener, self.stop, self.tracker = listener or Listener(), stop, tracker or Tracker()
         self.learner = method.learner
         self.leads = self.learner.comm.rank == 0  # the worker that writes
         self.learner.tasks = stream.tasks
         self.units = method.units(len(stream.tasks))
-        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.evaluator = Evaluator(method)
         self.prints = fingerprints(stream)
         self.done = 0  # units
@@ -68,11 +74,15 @@ class StreamRun:
     def resume(self) -> bool:
         """Goes back to the last checkpoint; whether there was one. Worker 0 says which, all read it."""
         comm = self.learner.comm
+        if self.leads:
+            self.files.pull()
         found = self.checkpoints.load(self.listener.note) if self.leads else None
         name = comm.share(None if found is None else found.path.name)
         if name is None:
             return False
-        found = found or self.checkpoints.read(self.checkpoints.folder / name)
+        if found is None:
+            self.files.pull(f"checkpoints/{name}", "checkpoints/adapters")
+            found = self.checkpoints.read(self.checkpoints.folder / name)
         tensors, meta, slots = found.tensors, found.meta, found.slots
         self._require_same_tasks(meta["prints"])
         restore(self.method, tensors, meta, slots)
@@ -94,9 +104,11 @@ class StreamRun:
                 )
 
     def go(self) -> None:
+        left = len(self.units) - self.done
+        self.tracker.begins(self.about(), fresh=not self.done and self.step is None, left=left)
         while self.done < len(self.units):
             if self.stop():
-                raise Stopped(self.folder)
+                raise Stopped(str(self.files))
             self._learn(self.units[self.done])
         self.write_result(finished=True)
 
@@ -124,13 +136,33 @@ class StreamRun:
         self._export(unit)
         self.save(None)
         self.write_result(finished=self.done == len(self.units))
+        self.tracker.learnt(self.done - 1, self.records[-1], score_table(self.scores, self.units[: self.done]))
         self.listener.scored(self.records[-1])
 
-    def _after_step(self, step: int, of: int, loss: float, norm: float) -> None:  # noqa: ARG002
+    def about(self) -> dict[str, Any]:
+        """What the run is, wherever it stands."""
+        return {
+            **provenance(self.config, self.learner),
+            "objective": type(self.learner.objective).__name__,
+            "workers": self.learner.comm.workers,
+            "data": self.prints,
+            "data_digest": digest(*(each["digest"] for each in self.prints)),
+            "folder": str(self.files),
+        }
+
+    def _after_step(self, step: int, of: int, loss: float, norm: float) -> None:
         self.listener.step(step, of, loss)
+        whole = sum(record["effort"]["steps"] for record in self.records) + step
+        self.tracker.step(self.done, step, of, whole, loss, lambda: self._values(step, norm))
         if self.stop():
             self.save(step + 1)
-            raise Stopped(self.folder)
+            raise Stopped(str(self.files))
+
+    def _values(self, step: int, norm: float) -> dict[str, float]:
+        """What may be plotted over the steps, beside the loss."""
+        optimizer = self.learner.optimizer
+        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else 0.0
+        return {"lr": rate, "grad_norm": norm, **self.method.values(step)}
 
     def _score(self, unit: tuple[int, ...]) -> list[float | None]:
         """Of every task; None for tasks not learnt yet, unless they are asked for."""
@@ -159,7 +191,9 @@ class StreamRun:
             "prints": self.prints[:met],
             "config": self.config.model_dump(mode="json", by_alias=True),
         }
-        return self.checkpoints.save(tensors, {**meta, **more}, self.method.bank)
+        path = self.checkpoints.save(tensors, {**meta, **more}, self.method.bank)
+        self.files.push()
+        return path
 
     def _export(self, unit: tuple[int, ...]) -> None:
         """Adapters of the unit's tasks as plain peft folders, each with its rows of the head."""
@@ -177,6 +211,7 @@ class StreamRun:
             "tasks": names[: max((max(unit) for unit in self.units[: self.done]), default=-1) + 1],
             "stream": names,
             "families": [task.family for task in self.stream.tasks],
+            "data": [{key: each[key] for key in ("name", "train", "test", "digest")} for each in self.prints],
             "matrix": [row + [None] * (len(names) - len(row)) for row in self.scores],
             "metrics": score_table(self.scores, self.units[: self.done]),
             "records": self.records,
@@ -185,3 +220,4 @@ class StreamRun:
         }
         data = json.dumps(result, indent=1, allow_nan=False).encode()
         write_atomically(self.folder / "result.json", data)
+        self.files.push()

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.stream import sentences
 from treelora_ray.cluster import run as cluster_run
 from treelora_ray.config import RunConfig, load
 from treelora_ray.store import open_folder
+from treelora_ray.training.errors import Stopped
 from treelora_ray.training.stream import Listener
 
 PLACES = {"treelora": [], "paper": ["method.mode=paper", "method.probe_rounds=2"]}
@@ -131,7 +132,8 @@ def recovery(folder: Path, stream: list[str], steps: int) -> tuple[float, float]
 
     watch, config = Watch(), settings("recovery", folder, stream, 20 * steps, 2, "treelora")
     began = time.perf_counter()
-    cluster_run.train(config, open_folder(folder / "recovery"), watch, lambda: bool(watch.again))
+    with suppress(Stopped):  # as asked, once it has recovered
+        cluster_run.train(config, open_folder(folder / "recovery"), watch, lambda: bool(watch.again))
     return watch.first - began, watch.again - watch.killed
 
 
@@ -160,8 +162,15 @@ def main() -> None:
         with cluster_run.connected(local, Listener()):
             one = measure(folder, stream, steps, repeats, 1)
             two = measure(folder, stream, steps, repeats, 2)
+            tell(one, two)
             start, again = recovery(folder, stream, steps)
+    print(f"\nfirst step after {start:.1f} s, next step after a worker's death {again:.1f} s")
     found: dict[str, Any] = {"one": one, "two": two, "first_step": start, "recovery": again}
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1))
+
+
+def tell(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
     print("| | ratio |\n|---|---:|")
     for mode in PLACES:
         pairs = zip(one[f"{mode} together"], one[f"{mode} alone"], strict=True)
@@ -169,10 +178,7 @@ def main() -> None:
             f"| step of mode {mode}, one worker over one process | {statistics.median(a / b for a, b in pairs):.3f} |"
         )
     faster = statistics.median(one["treelora together"]) / statistics.median(two["treelora together"])
-    print(f"| rows a second, two workers over one | {faster:.2f} |")
-    print(f"\nfirst step after {start:.1f} s, next step after a worker's death {again:.1f} s")
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+    print(f"| rows a second, two workers over one | {faster:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

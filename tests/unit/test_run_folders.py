@@ -345,5 +345,6 @@ def test_errors_of_stores_are_told_in_words(address: str, text: str, kind: type[
 
 
 def test_an_error_of_this_machines_disk_stays_what_it_is(folder: StoredFolder) -> None:
-    with pytest.raises(OSError, match="No space left"), store.explaining(folder.address):
+    with pytest.raises(OSError, match="No space left") as raised, store.explaining(folder.address):
         raise OSError(28, "No space left on device")
+    assert not isinstance(raised.value, StoreLostError)

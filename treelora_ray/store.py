@@ -243,7 +243,7 @@ def open_folder(address: Path | str) -> RunFolder:
 def _stays(name: str) -> bool:
     """Whether a file is not mirrored: locks, half of a file, what others look after, names that lead elsewhere."""
     parts = name.split("/")
-    return parts[0] in STAYS or any(part == ".." or part.endswith((".lock", ".tmp")) for part in parts)
+    return parts[0] in STAYS or ".." in parts or any(re.fullmatch(r"\..*(lock|tmp)", part) for part in parts)
 
 
 def _is_state(name: str) -> bool:

@@ -263,7 +263,7 @@ def stopped(head: Head, _run: Path, job: str) -> None:
 @pytest.mark.parametrize(
     ("end", "status", "workers"),
     [
-        (killed, "failed", 1),
+        pytest.param(killed, "failed", 1, marks=pytest.mark.slow),
         pytest.param(killed, "failed", 2, marks=pytest.mark.slow),
         pytest.param(stopped, "was stopped", 2, marks=pytest.mark.slow),
     ],

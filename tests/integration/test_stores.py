@@ -365,7 +365,8 @@ def test_workers_go_on_with_a_run_in_a_store(ray_data: Path, tmp_path: Path, buc
     whole = run(rays.config(ray_data, tmp_path, "treelora"))
     address = f"{bucket}/runs?endpoint_override={store_server}&scheme=http"
     mirrors = set((cache_folder() / "scratch").glob("*/*/*"))
-    found = {**rays.config(ray_data, tmp_path, "treelora", cluster={"workers": 2}), "folder": address}
+    own = {"workers": 2, "address": "local"}
+    found = {**rays.config(ray_data, tmp_path, "treelora", cluster=own), "folder": address}
     heard = Steps()
     with pytest.raises(Stopped, match=bucket):
         run(found, listener=heard, stop=lambda: heard.steps > 2)

@@ -298,6 +298,7 @@ def test_names_of_any_letters_and_lengths_are_drawn_as_they_are() -> None:
         return odd.get(value, value) if isinstance(value, str) else value
 
     drawn = laid_out(figures.draw(of(renamed(found))))
+    assert not any(text.get_parse_math() for figure in drawn.values() for text in every_text(figure))
     assert labels(panels(drawn["tree"])[0]) == ["a-name-that-i…is-can-bear", "$x_1$ & <b>", "任务"]
 
 

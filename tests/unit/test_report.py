@@ -254,8 +254,8 @@ def test_a_run_that_is_not_there_is_answered_with_its_neighbours(
 ) -> None:
     for name in ("first-run", "second-run", "other"):
         made(tmp_path / name)
-    assert call("report", str(tmp_path / "frist-run")) == 2
-    assert f"is no run: it has no config.yaml; did you mean {tmp_path / 'first-run'}" in capsys.readouterr().err
+    assert call("report", str(tmp_path / "secnod-run")) == 2
+    assert f"is no run: it has no config.yaml; did you mean {tmp_path / 'second-run'}" in capsys.readouterr().err
     assert call("figures", str(tmp_path)) == 2
     assert f"is a folder of runs: name one, such as {tmp_path / 'first-run'}" in capsys.readouterr().err
     with pytest.raises(RunError, match=r"did you mean .*first-run, .*other, .*second-run"):

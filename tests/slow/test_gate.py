@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 LEARNT, MIXED, RELATED = (0, 1, 2), 12, (3, 5, 6)  # two families and a loner; members of these families
 
 
-def shares(seed: int) -> tuple[float, float]:
+def shares(seed: int, *settings: str) -> tuple[float, float]:
     """Layers that lean on a task learnt before: of tasks with shuffled labels, and of relatives."""
     stream = digits_stream(12, 100 + seed).tasks
     tasks: list[Task] = [stream[number] for number in LEARNT]
@@ -29,7 +29,7 @@ def shares(seed: int) -> tuple[float, float]:
         rows = MemoryRows({"image": columns["image"], "label": labels})
         tasks.append(Task(f"mixed-{number}", rows, rows, source.labels))
     tasks += [stream[number] for number in RELATED]
-    method = assemble(load("quickstart", ["train.steps=5", "train.threads=1", f"seed={seed}"]), "image")
+    method = assemble(load("quickstart", ["train.steps=5", "train.threads=1", f"seed={seed}", *settings]), "image")
     assert isinstance(method, TreeLora)
     method.learner.tasks = tasks
     for number in range(len(LEARNT)):
@@ -45,7 +45,8 @@ def shares(seed: int) -> tuple[float, float]:
     return float(np.mean(warm[:MIXED])), float(np.mean(warm[MIXED:]))
 
 
-def test_shuffled_labels_start_fresh_in_nine_of_ten_layers_and_relatives_do_not() -> None:
-    mixed, relatives = np.mean([shares(seed) for seed in range(4)], axis=0)
-    assert mixed <= 0.1
+@pytest.mark.parametrize("commit", ["layer", "task"])
+def test_shuffled_labels_seldom_lean_on_a_task_and_relatives_do(commit: str) -> None:
+    mixed, relatives = np.mean([shares(seed, f"method.guide.commit={commit}") for seed in range(4)], axis=0)
+    assert mixed <= 0.25
     assert relatives >= 0.6

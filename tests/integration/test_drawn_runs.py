@@ -15,7 +15,7 @@ from treelora_ray.training.errors import Stopped
 from treelora_ray.training.stream import StreamRun
 
 TREELORA = {"name": "treelora", "guide": {"gate": 0.0}}
-TIMES = ("seconds", "peak_memory_bytes")
+OUTSIDE = ("seconds", "peak_memory_bytes", "commit")  # what a run does not decide
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def run_in(folder: Path, backbone: Path, options: dict[str, Any], tasks: int = 4
 def result(folder: Path) -> dict[str, Any]:
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: timeless(inner) for key, inner in value.items() if key not in TIMES}
+            return {key: timeless(inner) for key, inner in value.items() if key not in OUTSIDE}
         return [timeless(inner) for inner in value] if isinstance(value, list) else value
 
     found: dict[str, Any] = timeless(json.loads((folder / "result.json").read_text()))

@@ -26,6 +26,7 @@ from treelora_ray.cluster.worker import NAMESPACE, work
 from treelora_ray.config import from_mapping
 from treelora_ray.files import load_snapshot
 from treelora_ray.training.state import Checkpoints
+from treelora_ray.training.stream import Listener
 
 METHODS: dict[str, dict[str, Any]] = {
     "treelora": {"guide": {"gate": 0.0}},
@@ -34,6 +35,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "released": {"mode": "released"},
     "seqlora": {"name": "seqlora"},
 }
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, step: int, of: int, loss: float) -> None:  # noqa: ARG002
+        self.steps += 1
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from treelora_ray.core.layout import FloatArray
 from treelora_ray.data.rows import MemoryRows, Rows
 from treelora_ray.data.stream import open_stream
 from treelora_ray.data.task import TaskStream
-from treelora_ray.files import write_atomically
+from treelora_ray.files import locked, write_atomically
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.catalogue import make
 from treelora_ray.methods.comm import Comm
@@ -256,13 +255,8 @@ def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 def _locked(folder: RunFolder) -> Iterator[None]:
     """One process of this machine trains a run at a time."""
     folder.lock.parent.mkdir(parents=True, exist_ok=True)
-    with folder.lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another process is training in {folder}: wait for it, or give `name` another value"
-            ) from None
+    busy = RunError(f"another process is training in {folder}: wait for it, or give `name` another value")
+    with locked(folder.lock, busy):
         yield
 
 

@@ -247,7 +247,7 @@ class RunConfig(Section):
     @property
     def digest(self) -> str:
         """Of all that results depend on."""
-        data = {k: v for k, v in _flat(self.model_dump(mode="json", by_alias=True)).items() if not free_key(k)}
+        data = {k: v for k, v in flat(self.model_dump(mode="json", by_alias=True)).items() if not free_key(k)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -406,7 +406,7 @@ def _describe(problem: Any, above: str = "", known: Sequence[str] = ()) -> str:
 
 def keys() -> list[str]:
     """All dotted keys, without those of methods."""
-    return [key for key in _flat(RunConfig().model_dump(by_alias=True)) if not key.startswith("method.")]
+    return [key for key in flat(RunConfig().model_dump(by_alias=True)) if not key.startswith("method.")]
 
 
 def _nearest(key: str) -> str | None:
@@ -470,12 +470,12 @@ def _guide_conflicts(config: RunConfig) -> list[str]:
     return []
 
 
-def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """By dotted key; what the guide and tasks are told counts as one value a key."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{above}{key}.")
+            found |= flat(value, f"{above}{key}.")
         else:
             found[above + key] = value
     return found
@@ -483,7 +483,7 @@ def _flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """`key: old -> new` for each key that matters in which two configs differ."""
-    one, other = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
+    one, other = (flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
     changed = [key for key in one | other if one.get(key) != other.get(key)]
     return [f"{key}: {one.get(key)!r} -> {other.get(key)!r}" for key in changed if not free_key(key)]
 

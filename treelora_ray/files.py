@@ -6,6 +6,7 @@ since safetensors orders several at random, and equal snapshots shall be equal f
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -46,6 +47,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, busy: Exception | None = None) -> Iterator[None]:
+    """Holds a lock file. While another process does, it waits, or raises `busy`."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            assert busy is not None
+            raise busy from None
+        yield
 
 
 @contextmanager
@@ -97,6 +110,11 @@ def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if checksum != _checksum(tensors, text):
         raise _damaged(path, "does not match its checksum, so it was changed after it was written")
     return dict(sorted(tensors.items())), json.loads(text)
+
+
+def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those named `NAME.…`, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.files import write_atomically
 from treelora_ray.tracking.figure_data import figure_data
 from treelora_ray.training.errors import Stopped
@@ -16,11 +16,6 @@ from treelora_ray.training.stream import StreamRun
 
 TREELORA = {"name": "treelora", "guide": {"gate": 0.0}}
 OUTSIDE = ("seconds", "peak_memory_bytes", "commit")  # what a run does not decide
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def run_in(folder: Path, backbone: Path, options: dict[str, Any], tasks: int = 4) -> StreamRun:

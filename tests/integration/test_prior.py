@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from tests.integration.test_runs import call, config_file, png, settings, write
 from treelora_ray import Run, run
 from treelora_ray.config import ConfigError, from_mapping
@@ -42,11 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper-budget": {"mode": "paper", "guide": {"budget": 2}},
     "released": {"mode": "released"},
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")

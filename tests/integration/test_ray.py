@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 
-from tests.rays import METHODS, config, state, together
+from tests.rays import METHODS, Notes, config, state, together
 from treelora_ray import run
 from treelora_ray.cluster import submit
 from treelora_ray.cluster.errors import ClusterError
@@ -43,18 +43,6 @@ def test_one_worker_learns_what_one_process_does_to_the_bit_and_two_within_round
         for key, value in local.items():
             assert torch.equal(value, one[key]), (name, key)
             torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-5, msg=f"{name} {key}")
-
-
-class Notes(Listener):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, of: int, loss: float) -> None:  # noqa: ARG002
-        self.steps += 1
 
 
 @pytest.mark.usefixtures("cluster")

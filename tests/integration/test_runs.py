@@ -45,17 +45,6 @@ def write(folder: Path, tasks: int, first: int = 0) -> None:
             pq.write_table(table, folder / f"t{number}" / f"{split}.parquet", row_group_size=8)
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write(tmp_path / "data", 3)
-    return tmp_path / "data"
-
-
 def settings(backbone: Path, data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": "r",

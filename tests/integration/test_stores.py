@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests import rays, tiny, toys
+from tests import rays, toys
 from tests.buckets import Watched, filesystem
 from tests.contract.test_methods import Recorder
-from tests.integration.test_runs import call, config_file, png, settings, write
+from tests.integration.test_runs import call, config_file, png, settings
 from treelora_ray import Run, run
 from treelora_ray.config import StreamConfig
 from treelora_ray.data import buckets
@@ -30,17 +29,6 @@ from treelora_ray.store import StoredFolder, joined, open_folder
 from treelora_ray.tracking.journal import read
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    write(tmp_path / "data", 3)
-    return tmp_path / "data"
 
 
 def upload(folder: Path, endpoint: str, target: str) -> None:
@@ -62,21 +50,7 @@ def same(one: Run, other: Run) -> None:
         assert value.equal(tensors[name]), name
 
 
-def _enough(heard: Steps, after: int) -> bool:
-    return heard.steps >= after
-
-
-class Steps(Listener):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.steps = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, of: int, loss: float) -> None:  # noqa: ARG002
-        self.steps += 1
-
+class Steps(rays.Notes):
     def after(self, steps: int) -> Callable[[], bool]:
         return lambda: self.steps >= steps
 
@@ -90,7 +64,7 @@ def test_a_run_in_a_store_that_is_stopped_twice_equals_an_undisturbed_one_on_dis
     for after, learnt in ((8, 1), (3, 1)):
         heard = Steps()
         with pytest.raises(Stopped, match=rf"goes on from its checkpoint in {bucket}/runs/r$"):
-            run(found, listener=heard, stop=partial(_enough, heard, after))
+            run(found, listener=heard, stop=heard.after(after))
         assert set((cache_folder() / "scratch").glob("*/*/*")) == mirrors
         seen = Run(f"{bucket}/runs/r")
         assert len(seen.tasks) == learnt

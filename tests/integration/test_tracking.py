@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
-from tests.rays import config, data
+from tests.rays import Notes, config, data
 from treelora_ray import run
 from treelora_ray.cli import main
 from treelora_ray.config import from_mapping
@@ -254,14 +254,6 @@ def test_an_address_with_a_password_is_refused_and_never_shown(stream: Path, run
 def test_the_store_of_another_version_says_what_to_do() -> None:
     error = RuntimeError("Detected out-of-date database schema (found version a, but expected b)")
     assert "mlflow db upgrade" in explained(error)
-
-
-class Notes(Listener):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from treelora_ray.core.errors import GuideError, SnapshotError
 from treelora_ray.core.layout import Layout
 from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.state import Snapshot
-from treelora_ray.files import load_snapshot, save_snapshot
+from treelora_ray.files import load_snapshot, part, save_snapshot
 from treelora_ray.methods.learner import Learner
 
 KIND, VERSION = "treelora tree", 1
@@ -72,15 +72,11 @@ def read(path: Path, learner: Learner, settings: GuideConfig) -> Prior:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Prior(
-        Snapshot(_part(tensors, "guide."), {**guide, "names": names, "last": None}),
-        {int(slot): adapter for slot, adapter in _part(tensors, "slot.").items()},
+        Snapshot(part(tensors, "guide"), {**guide, "names": names, "last": None}),
+        {int(slot): adapter for slot, adapter in part(tensors, "slot").items()},
         dict(enumerate(guide["slots"]["of_task"])),
         {"path": str(path), "sha256": sha256, "tasks": len(names)},
     )
-
-
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _start(learner: Learner) -> dict[str, Any]:

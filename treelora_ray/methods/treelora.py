@@ -24,6 +24,7 @@ from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.penalty import AdapterPull, DirectionPull, InnerPull, Strength
 from treelora_ray.core.signature import Accumulator, directions, layer_distances
 from treelora_ray.core.state import Choice, Snapshot
+from treelora_ray.files import part
 from treelora_ray.methods import prior
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.learner import Learner, Ref
@@ -330,8 +331,7 @@ class TreeLora(Method):
         return {"guide": self.guide.snapshot().meta, "running": count, "prior": self.prior, "pulls": self.pulls}
 
     def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        inner = {name.removeprefix("guide."): value for name, value in tensors.items() if name.startswith("guide.")}
-        self.guide.restore(Snapshot(inner, data["guide"]))
+        self.guide.restore(Snapshot(part(tensors, "guide"), data["guide"]))
         self.prior, self.pulls = data.get("prior"), data.get("pulls")
         self.arms = tensors["arms"].numpy() if "arms" in tensors else np.empty(0, np.int64)
         current = data["guide"]["current"]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from treelora_ray.files import cache_folder
+from treelora_ray.files import cache_folder, locked, new_folder
 
 VERSION = 2  # a change of the recipe makes a new folder
 STEPS, BATCH = 1000, 64
@@ -24,16 +20,10 @@ def digits_vit_folder() -> Path:
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.parent / f".{folder.name}.lock"):
         if not (folder / "config.json").is_file():
-            temporary = Path(tempfile.mkdtemp(prefix=".digits-vit-", dir=folder.parent))
-            try:
+            with new_folder(folder) as temporary:
                 _make(temporary)
-                temporary.chmod(0o755)
-                os.rename(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import getpass
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from treelora_ray.config import RunConfig, free_key, from_mapping, run_name
+from treelora_ray.config import RunConfig, flat, free_key, from_mapping, run_name
 
 
 def described(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,7 +17,7 @@ def described(facts: Mapping[str, Any]) -> dict[str, Any]:
         "benchmark": config.tracking.experiment or benchmark(config),
         "config": facts["config"],
         "yaml": config.to_yaml(),
-        "params": {key: value for key, value in flat(facts["config"]).items() if not free_key(key)},
+        "params": {key: value for key, value in settings(facts["config"]).items() if not free_key(key)},
         "tags": _tags(config, facts),
         "stream": [each["name"] for each in facts["data"]],
         "data": [_dataset(config, each) for each in facts["data"]],
@@ -34,14 +33,9 @@ def benchmark(config: RunConfig) -> str:
     return stream.path.rstrip("/").split("/")[-1]
 
 
-def flat(data: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{key}.")
-        else:
-            found[above + key] = value
-    return found
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By dotted key; without mappings that say nothing."""
+    return {key: value for key, value in flat(config).items() if value != {}}
 
 
 def _tags(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +57,6 @@ def _tags(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         "git_commit": facts["commit"],
         "device": facts["device"],
         "folder": facts["folder"],
-        "submission": os.environ.get("TREELORA_SUBMISSION"),
         **{f"version.{name}": version for name, version in facts["packages"].items()},
         "version.python": facts["python"],
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from treelora_ray.config import RunConfig, free_key
-from treelora_ray.tracking.about import flat
+from treelora_ray.tracking.about import settings
 from treelora_ray.training import metrics
 
 MISSING = "–"  # in place of a setting that a method does not have
@@ -190,7 +190,7 @@ def counted(effort: Mapping[str, Any], batch: int) -> int:
 
 
 def _differences(groups: Sequence[Sequence[Entry]]) -> dict[str, list[Any]]:
-    configs = [flat(group[0].config.model_dump(mode="json", by_alias=True)) for group in groups]
+    configs = [settings(group[0].config.model_dump(mode="json", by_alias=True)) for group in groups]
     keys = [
         key for key in dict.fromkeys(key for config in configs for key in config) if not free_key(key) and key != "seed"
     ]

@@ -94,9 +94,9 @@ class Journal(Tracker):
             self.say(f"the journal {self.path} cannot be written ({error.strerror}): the run goes on without it")
 
 
-def read(path: Path, start: int = 0) -> list[dict[str, Any]]:
-    """The whole lines from an offset on; none where there is no journal."""
-    return [entry for _, entry in read_on(path, start)]
+def read(path: Path) -> list[dict[str, Any]]:
+    """All entries; none where there is no journal."""
+    return [entry for _, entry in read_on(path, 0)]
 
 
 def read_on(path: Path, start: int) -> list[tuple[int, dict[str, Any]]]:

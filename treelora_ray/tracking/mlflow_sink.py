@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+from treelora_ray.files import locked
 from treelora_ray.tracking.store import address, local_artifacts
 
 KEY = "treelora.run"  # the tag by which a run is found again
@@ -33,7 +32,8 @@ class Sink:
         self.folder, self.about = folder, begins["about"]
         self.tracking = self.about["config"]["tracking"]
         self.uri = address(self.tracking, folder)
-        with _one_at_a_time(folder):
+        # Processes that make tables or experiments at the same time stumble over each other.
+        with locked(folder.parent / ".mlflow.lock"):
             self.client = MlflowClient(self.uri, registry_uri=self.uri)
             self.experiment_id = self._experiment()
             self.run_id = run_id or self._found(f"tags.`{KEY}` = '{begins['run']}'") or self._created(begins)
@@ -42,7 +42,7 @@ class Sink:
     # -- the run
 
     def _experiment(self) -> str:
-        name = self.tracking["experiment"] or self.about["benchmark"]
+        name = self.about["benchmark"]
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
@@ -206,11 +206,3 @@ def _name(text: str) -> str:
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     for at in range(0, len(items), size):
         yield items[at : at + size]
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Processes that make tables or experiments at the same time stumble over each other."""
-    with (folder.parent / ".mlflow.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from treelora_ray.files import write_atomically
-from treelora_ray.tracking.journal import FILE, read_on
+from treelora_ray.files import locked, write_atomically
+from treelora_ray.tracking.journal import FILE, read, read_on
 
 CURSOR, LOCK = "tracking.json", ".tracking.lock"
 EVERY = 1.0  # seconds between two batches
@@ -103,14 +103,9 @@ class BusyError(ValueError):
     """Another process delivers the journal."""
 
 
-@contextmanager
-def only(folder: Path, wait: bool) -> Iterator[None]:
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise BusyError(f"run {folder} is being delivered by another process: it goes on by itself") from None
-        yield
+def only(folder: Path, wait: bool) -> AbstractContextManager[None]:
+    busy = BusyError(f"run {folder} is being delivered by another process: it goes on by itself")
+    return locked(folder / LOCK, None if wait else busy)
 
 
 class Delivery:
@@ -157,7 +152,7 @@ class Delivery:
         if self.sink is None:
             from treelora_ray.tracking.mlflow_sink import Sink
 
-            begins = begins or next(entry for _, entry in read_on(self.folder / FILE, 0) if entry["kind"] == "begins")
+            begins = begins or next(entry for entry in read(self.folder / FILE) if entry["kind"] == "begins")
             self.sink = Sink(self.folder, begins, self.cursor["run_id"])
         return self.sink
 
@@ -168,8 +163,8 @@ class Delivery:
 
     def unfinished(self) -> bool:
         """Whether the last that was told is no end."""
-        entries = read_on(self.folder / FILE, 0)
-        return bool(entries) and entries[-1][1]["kind"] != "ends"
+        entries = read(self.folder / FILE)
+        return bool(entries) and entries[-1]["kind"] != "ends"
 
     def close(self) -> None:
         """The run's process has gone without a word."""

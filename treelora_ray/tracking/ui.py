@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -77,12 +78,8 @@ def wait_until_up(process: subprocess.Popen[bytes], port: int, log: Path) -> Non
 def end(process: subprocess.Popen[bytes]) -> None:
     """The server and its workers, which are a group of their own."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-            break
-        except ProcessLookupError:
-            process.wait(GRACE)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+            return

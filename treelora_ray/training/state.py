@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treelora_ray.core.errors import SnapshotError
 from treelora_ray.core.merge import AdapterBank
-from treelora_ray.files import load_snapshot, save_snapshot
+from treelora_ray.files import load_snapshot, part, save_snapshot
 from treelora_ray.methods.base import Method
 from treelora_ray.objectives.base import TaskInfo
 from treelora_ray.training.errors import RunError
@@ -118,9 +118,9 @@ def capture(method: Method, step: int | None) -> tuple[dict[str, Tensor], dict[s
     tensors |= {f"router.{name}": value for name, value in learner.router.tensors().items()}
     tensors |= {f"method.{name}": value for name, value in method.tensors().items()}
     if step is not None and learner.optimizer is not None:
-        for part, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
+        for kind, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
             for name, value in learner.optimizer.state[parameter].items():
-                tensors[f"adam.{part}.{name}"] = value
+                tensors[f"adam.{kind}.{name}"] = value
     meta = {
         "step": step,
         "unit": list(learner.unit),
@@ -135,25 +135,21 @@ def restore(method: Method, tensors: Mapping[str, Tensor], meta: Mapping[str, An
     """Learner and method become what `capture` saw."""
     learner = method.learner
     learner.infos.extend(TaskInfo.from_json(info) for info in meta["infos"])
-    learner.head.load(_part(tensors, "head"), meta["head"]["names"], meta["head"]["rows"])
-    learner.router.load(_part(tensors, "router"))
+    learner.head.load(part(tensors, "head"), meta["head"]["names"], meta["head"]["rows"])
+    learner.router.load(part(tensors, "router"))
     if method.bank is not None:
         method.bank.slots = slots
         method.bank.of_task = {int(task): slot for task, slot in meta["bank"]["of_task"].items()}
     learner.unit = tuple(meta["unit"])
-    method.load(_part(tensors, "method"), meta["method"])
+    method.load(part(tensors, "method"), meta["method"])
     if meta["step"] is None:
         learner.adapter.copy_(tensors["theta"][: learner.layout.total])
         return
     attach(method)
     learner.theta.copy_(tensors["theta"])
     optimizer = learner.start_optimizer()
-    for part, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
+    for kind, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
         # The count of steps too: fused AdamW keeps it where the moments are.
-        moments = {name: value.clone().to(learner.device) for name, value in _part(tensors, f"adam.{part}").items()}
+        moments = {name: value.clone().to(learner.device) for name, value in part(tensors, f"adam.{kind}").items()}
         if moments:
             optimizer.state[parameter] = moments
-
-
-def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

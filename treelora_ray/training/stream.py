@@ -104,8 +104,9 @@ class StreamRun:
                 )
 
     def go(self) -> None:
-        left = len(self.units) - self.done
-        self.tracker.begins(self.about(), fresh=not self.done and self.step is None, left=left)
+        if self.leads:
+            left = len(self.units) - self.done
+            self.tracker.begins(self.about(), fresh=not self.done and self.step is None, left=left)
         while self.done < len(self.units):
             if self.stop():
                 raise Stopped(str(self.files))

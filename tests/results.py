@@ -37,6 +37,7 @@ def result(tasks: Sequence[str], matrix: Any, **more: Any) -> dict[str, Any]:
         "records": records, "config": config, "digest": "0123456789abcdef", "trainable_parameters": 8452,
         "adapter_bytes_per_task": 32768, "peak_memory_bytes": 2**29, "peak_device_bytes": None, "device": "cpu",
         "packages": {"treelora-ray": "0.1.0", "torch": "2.13.0"}, "python": "3.11.7", "commit": None,
+        "submission": None,
     }  # fmt: skip
     return {**found, **more}
 

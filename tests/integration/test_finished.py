@@ -303,7 +303,10 @@ def test_a_model_is_logged_to_a_run_and_registered(
         with mlflow.start_run(experiment_id=experiment), pytest.raises(RunError, match="is a folder, not a hub id"):
             model.log_model(runs["texts"], copy_backbone=False)
         (failed,) = [made for made in client.search_logged_models([experiment]) if made.status == "FAILED"]
+        assert failed.source_run_id is not None
         assert failed.source_run_id != active.info.run_id
+        model.log_model(runs["texts"], client, failed.source_run_id)  # what is left half made goes
+        assert {made.status for made in client.search_logged_models([experiment])} == {"READY"}
     finally:
         mlflow.set_tracking_uri(before)
 

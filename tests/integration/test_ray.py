@@ -19,6 +19,7 @@ from treelora_ray.cluster.errors import ClusterError
 from treelora_ray.cluster.run import ENVIRONMENT, connected
 from treelora_ray.config import ClusterConfig
 from treelora_ray.training.errors import NonFiniteError, Stopped
+from treelora_ray.training.record import SUBMISSION
 from treelora_ray.training.stream import Listener
 
 
@@ -100,7 +101,8 @@ def test_the_driver_of_a_job_sends_nothing_that_the_job_has_sent_already(
     job: dict[str, Any] = {"env_vars": submit.ENVIRONMENT}
     for name, value in submit.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": job}))
+    told = {"runtime_env": job, "metadata": {"job_submission_id": "raysubmit_1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(told))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     asked: list[dict[str, Any]] = []
 
@@ -115,6 +117,7 @@ def test_the_driver_of_a_job_sends_nothing_that_the_job_has_sent_already(
     merged = _merge_runtime_env(RuntimeEnv(**job), RuntimeEnv(**asked[0]))
     assert merged is not None
     assert merged["env_vars"].keys() >= ENVIRONMENT.keys()
+    assert merged["env_vars"][SUBMISSION] == "raysubmit_1"
 
 
 def test_a_signal_asks_the_run_to_stop_where_ray_would_end_it(monkeypatch: pytest.MonkeyPatch) -> None:

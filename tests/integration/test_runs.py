@@ -113,8 +113,10 @@ def test_a_finished_run_is_not_learnt_again_and_more_tasks_go_on(backbone: Path,
     found = settings(backbone, data, tmp_path / "runs", stream={"tasks": ["t0", "t1"]})
     first = run(found)
     stamp = (first.adapters["t0"] / "adapter_model.safetensors").stat().st_mtime_ns
+    result = (first.folder / "result.json").read_bytes()
     run(found)
     assert (first.adapters["t0"] / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert (first.folder / "result.json").read_bytes() == result
     more = run(settings(backbone, data, tmp_path / "runs", stream={"tasks": ["t0", "t1", "t2"]}))
     whole = run(settings(backbone, data, tmp_path / "whole", stream={"tasks": ["t0", "t1", "t2"]}))
     np.testing.assert_array_equal(more.matrix[-1], whole.matrix[-1])

@@ -6,7 +6,6 @@ connect ─► desk and guide actors ─► TorchTrainer.fit (workers: worker.wo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -22,7 +21,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
 from ray.train import RunConfig as TrainRun
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,6 +33,7 @@ from treelora_ray.cluster.worker import NAMESPACE, work
 from treelora_ray.config import ClusterConfig, RunConfig
 from treelora_ray.store import RunFolder
 from treelora_ray.training.errors import RunError, Stopped
+from treelora_ray.training.record import SUBMISSION, ray_job, submission
 from treelora_ray.training.stream import Listener
 
 POLL = 0.1  # seconds between two looks at the desk
@@ -80,11 +80,14 @@ def connected(cluster: ClusterConfig, listener: Listener) -> Iterator[bool]:
 
 def _connect(cluster: ClusterConfig, listener: Listener) -> bool:
     """Whether a cluster had to be started."""
+    variables = {name: os.environ[name] for name in _environment(cluster).keys() - _of_job()}
+    if (job := submission()) is not None:
+        variables[SUBMISSION] = job
     common: dict[str, Any] = {
         "namespace": NAMESPACE,
         "logging_level": logging.WARNING,
         "log_to_driver": False,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in _environment(cluster).keys() - _of_job()}},
+        "runtime_env": {"env_vars": variables},
     }
     if cluster.address not in ("auto", "local"):
         try:
@@ -116,8 +119,7 @@ def _environment(cluster: ClusterConfig) -> dict[str, str]:
 
 def _of_job() -> set[str]:
     """Variables that the job this process drives has set for all its processes; Ray refuses them a second time."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return set((job.get("runtime_env") or {}).get("env_vars") or {})
+    return set((ray_job().get("runtime_env") or {}).get("env_vars") or {})
 
 
 def _is_on_a_cluster() -> bool:
@@ -249,6 +251,7 @@ def _trainer(config: RunConfig, folder: RunFolder, settings: dict[str, Any]) -> 
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

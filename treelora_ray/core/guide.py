@@ -35,7 +35,7 @@ from treelora_ray.core.merge import Merge, Slots
 from treelora_ray.core.nodes import NodeStats
 from treelora_ray.core.released import ReleasedSearch
 from treelora_ray.core.signature import Sketch, aligned, apart, directions, related_layers
-from treelora_ray.core.state import GROUP, Choice, Current, Inserted, Snapshot
+from treelora_ray.core.state import GROUP, Choice, Current, Inserted, Pulls, Snapshot
 from treelora_ray.core.store import SignatureStore
 from treelora_ray.core.tree import Tree
 
@@ -87,7 +87,8 @@ class Guide:
         exact = self.config.observe == "probe" and self.config.pulls_per_round >= len(self.store)
         steps = steps_per_epoch or self.config.steps_per_epoch
         search = self._make_search(exact, steps) if len(self.store) else None
-        return Current(name, attempt, search, exact, torch.zeros(self.layout.total), steps_per_epoch)
+        pulls = Pulls(len(self.layout), len(self.store)) if len(self.store) <= MOST_DRAWN else None
+        return Current(name, attempt, search, exact, torch.zeros(self.layout.total), steps_per_epoch, pulls=pulls)
 
     def _make_search(self, exact: bool, steps_per_epoch: int | None) -> Search:
         config, layers, n, tree = self.config, len(self.layout), len(self.store), self.tree
@@ -155,14 +156,14 @@ class Guide:
         return search.seen(this_round=True)
 
     def _note(self, now: Current, step: int, nodes: IntArray, distances: FloatArray) -> None:
-        """Keeps a comparison for the figures, while there are few enough tasks to draw."""
-        if len(self.store) > MOST_DRAWN:
+        """Counts a comparison for the figures, while there are few enough tasks to draw."""
+        if now.pulls is None:
             return
         tasks = nodes
         if isinstance(now.search, BestFirstTreeLCB):
             at = self.tree.task[nodes]
             tasks = np.where(nodes < 0, NOTHING, np.where(at < 0, GROUP, at))
-        now.pulls.append((step, tasks.astype(np.int32), distances.astype(np.float32)))
+        now.pulls.add(step, tasks, distances)
 
     def _compare(self, direction: Tensor, nodes: IntArray, search: Search) -> FloatArray:
         """Distances [L] of a direction to, layer by layer, another task or another group's centroid."""
@@ -382,7 +383,8 @@ class Guide:
         if len(self.store) > MOST_DRAWN:
             return {"distances": None, "pulls": None}
         rows = [np.round(self.store.pair_row(task)[:task], 4).tolist() for task in range(len(self.store))]
-        pulls = None if self.current is None else self.current.pulled(self.names, self.layout.names)
+        now = self.current
+        pulls = None if now is None or now.pulls is None else now.pulls.to_data(now.name, self.names, self.layout.names)
         return {"distances": {"tasks": list(self.names), "rows": rows}, "pulls": pulls}
 
     def nbytes(self) -> int:

@@ -16,8 +16,7 @@ from treelora_ray.core.layout import FloatArray, IntArray
 from treelora_ray.core.merge import Merge
 
 GROUP = -2  # in place of a task: a layer was compared with the centroid of a group
-PULLS = ("pulled_at", "pulled", "apart")  # tensors that hold the comparisons
-STRETCHES, LAYERS_SHOWN = 12, 8  # into which the comparisons of a task are summed up for figures
+STRETCHES, LAYERS_SHOWN = 12, 8  # at most, into which the comparisons of a task are summed up for figures
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,66 @@ class Snapshot:
     meta: dict[str, Any]
 
 
+class Pulls:
+    """How often, and at what distance, a layer was compared with a task: sums over stretches of steps, for figures.
+
+    Stretches are all equally long. When they become too many, two are made one: a task of any length keeps as much.
+    """
+
+    def __init__(self, layers: int, tasks: int) -> None:
+        self.shown = np.unique(np.linspace(0, layers - 1, LAYERS_SHOWN).round().astype(np.int64))
+        self.count = np.zeros((len(self.shown), STRETCHES, tasks), np.int64)
+        self.total = np.zeros(self.count.shape)  # of distances
+        self.first, self.last, self.length, self.groups = -1, -1, 1, 0  # first: -1 before the first comparison
+
+    def add(self, step: int, tasks: IntArray, distances: FloatArray) -> None:
+        """A comparison of each layer [L]; steps do not fall."""
+        if self.first < 0:
+            self.first = step
+        self.last = step
+        while (stretch := (step - self.first) // self.length) >= STRETCHES:
+            for sums in (self.count, self.total):
+                half = sums.reshape(len(self.shown), STRETCHES // 2, 2, -1).sum(2)
+                sums[:] = 0
+                sums[:, : STRETCHES // 2] = half
+            self.length *= 2
+        seen = tasks[self.shown]
+        self.groups += int((seen == GROUP).sum())
+        rows = np.flatnonzero(seen >= 0)
+        self.count[rows, stretch, seen[rows]] += 1
+        self.total[rows, stretch, seen[rows]] += distances[self.shown][rows]
+
+    def to_data(self, task: str, tasks: Sequence[str], layers: Sequence[str]) -> dict[str, Any] | None:
+        """`count` and `distance` are [layers shown, stretches, tasks]; `starts` has the first step of each stretch, and
+        one past the last."""
+        if self.first < 0:
+            return None
+        used = (self.last - self.first) // self.length + 1
+        count, total = self.count[:, :used], self.total[:, :used]
+        mean = np.round(total / np.maximum(count, 1), 4).astype(object)
+        mean[count == 0] = None
+        return {
+            "task": task,
+            "tasks": list(tasks),
+            "layers": [layers[layer] for layer in self.shown],
+            "starts": [self.first + number * self.length for number in range(used)] + [self.last + 1],
+            "count": count.tolist(),
+            "distance": mean.tolist(),
+            "groups": self.groups,
+        }
+
+    def to_json(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in ("first", "last", "length", "groups")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"pulled": torch.from_numpy(self.count.copy()), "apart": torch.from_numpy(self.total.copy())}
+
+    def load(self, data: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        for key, value in data.items():
+            setattr(self, key, value)
+        self.count, self.total = (tensors[key].numpy().copy() for key in ("pulled", "apart"))
+
+
 @dataclass
 class Current:
     """The task in progress."""
@@ -81,47 +140,15 @@ class Current:
     offered: tuple[int, IntArray] | None = None  # (step, arms) of the last select
     choice: Choice | None = None
     history: dict[int, IntArray] = field(default_factory=dict)  # by probe step, the tasks compared with
-    # Step, tasks [L] and distances [L] of each comparison, for figures.
-    pulls: list[tuple[int, NDArray[np.int32], NDArray[np.float32]]] = field(default_factory=list)
-
-    def pulled(self, tasks: Sequence[str], layers: Sequence[str]) -> dict[str, Any] | None:
-        """How often, and at what mean distance, a layer was compared with a task, by stretch of steps.
-
-        `count` and `distance` are [layers shown, stretches, tasks]; `starts` has the first step of each stretch, and
-        one past the last.
-        """
-        if not self.pulls:
-            return None
-        steps, chosen, apart = (np.array(column) for column in zip(*self.pulls, strict=True))
-        first, past = int(steps[0]), int(steps[-1]) + 1
-        starts = np.linspace(first, past, min(STRETCHES, past - first) + 1).round().astype(np.int64)
-        stretch = np.searchsorted(starts, steps, "right") - 1
-        shown = np.unique(np.linspace(0, len(layers) - 1, LAYERS_SHOWN).round().astype(np.int64))
-        count = np.zeros((len(shown), len(starts) - 1, len(tasks)), np.int64)
-        total = np.zeros(count.shape)
-        for row, layer in enumerate(shown):
-            known = chosen[:, layer] >= 0
-            at = np.full(known.sum(), row), stretch[known], chosen[known, layer]
-            np.add.at(count, at, 1)
-            np.add.at(total, at, apart[known, layer].astype(np.float64))
-        mean = np.round(total / np.maximum(count, 1), 4).astype(object)
-        mean[count == 0] = None
-        return {
-            "task": self.name,
-            "tasks": list(tasks),
-            "layers": [layers[layer] for layer in shown],
-            "starts": starts.tolist(),
-            "count": count.tolist(),
-            "distance": mean.tolist(),
-            "groups": int((chosen[:, shown] == GROUP).sum()),
-        }
+    pulls: Pulls | None = None  # what it was compared with; None where that would be too much to draw
 
     def to_json(self) -> dict[str, Any]:
         plain = {key: getattr(self, key) for key in ("name", "attempt", "steps_per_epoch", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
         history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
         noise = {"waits": self.before is not None, "differences": len(self.differences)}
-        kept = {"committed": self.choice is not None, "pulls": len(self.pulls)}
+        pulls = None if self.pulls is None else self.pulls.to_json()
+        kept = {"committed": self.choice is not None, "pulls": pulls}
         return {**plain, **noise, "offered": offered, "history": history, **kept}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -133,9 +160,8 @@ class Current:
         if self.search is not None:
             tensors |= {f"search.{key}": value for key, value in self.search.tensors().items()}
         arrays: dict[str, NDArray[Any]] = {} if self.offered is None else {"arms": self.offered[1]}
-        if self.pulls:
-            columns = zip(*self.pulls, strict=True)
-            arrays |= {name: np.array(column) for name, column in zip(PULLS, columns, strict=True)}
+        if self.pulls is not None:
+            tensors |= {f"current.{key}": value for key, value in self.pulls.tensors().items()}
         if self.choice is not None:
             arrays |= {key: getattr(self.choice, key) for key in ("task", "distance", "related")}
         return tensors | {f"current.{key}": torch.from_numpy(value.copy()) for key, value in arrays.items()}
@@ -152,8 +178,7 @@ class Current:
             self.search.load(search)
         if data["offered"] is not None:
             self.offered = data["offered"], arrays["arms"]
-        if data.get("pulls"):  # a snapshot of an older version has none
-            steps, tasks, distances = (arrays[name] for name in PULLS)
-            self.pulls = list(zip(steps.tolist(), tasks, distances, strict=True))
+        if data["pulls"] is not None and self.pulls is not None:
+            self.pulls.load(data["pulls"], own)
         if data["committed"]:
             self.choice = Choice(arrays["task"], arrays["distance"], arrays["related"])

@@ -55,6 +55,7 @@ def _tags(config: RunConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
         "data_digest": facts["data_digest"],
         "config_digest": facts["digest"],
         "git_commit": facts["commit"],
+        "submission": facts["submission"],
         "device": facts["device"],
         "folder": facts["folder"],
         **{f"version.{name}": version for name, version in facts["packages"].items()},

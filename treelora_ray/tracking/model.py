@@ -71,6 +71,7 @@ def log_model(
         raise RunError("no MLflow run is active: give `run_id`, or log within mlflow.start_run()")
     with TemporaryDirectory() as scratch:
         there = client.get_run(run_id)
+        _clear(client, there, name)
         made = client.create_logged_model(there.info.experiment_id, name, run_id, params=there.data.params)
         try:
             folder = Path(scratch) / "model"
@@ -86,6 +87,16 @@ def log_model(
     if register is not None:
         _register(client, register, made, run_id)
     return f"models:/{made.model_id}"
+
+
+def _clear(client: MlflowClient, run: Any, name: str) -> None:
+    """Models of the run that an outage has left half made."""
+    from mlflow.entities import LoggedModelStatus
+
+    where = f"source_run_id = '{run.info.run_id}' AND name = '{name}'"
+    for left in client.search_logged_models([run.info.experiment_id], where):
+        if left.status != LoggedModelStatus.READY:
+            client.delete_logged_model(left.model_id)
 
 
 def _register(client: MlflowClient, name: str, made: LoggedModel, run_id: str) -> None:

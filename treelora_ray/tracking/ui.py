@@ -22,6 +22,7 @@ from treelora_ray.training.errors import RunError
 HOST = "127.0.0.1"
 START = 90.0  # seconds the server may take
 GRACE = 10.0  # seconds it may take to end
+LEAN = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # evaluations on the server, which take seven more processes
 
 
 def serve(folder: Path, port: int | None, say: Callable[[str], None], stop: Callable[[], bool]) -> None:
@@ -53,7 +54,8 @@ def start(runs: Path, port: int, log: IO[str]) -> subprocess.Popen[bytes]:
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", local_address(runs), "--artifacts-destination", files),
     ]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True)
+    variables = os.environ | ENVIRONMENT | LEAN
+    return subprocess.Popen(command, stdout=log, stderr=log, env=variables, start_new_session=True)
 
 
 def free_port() -> int:

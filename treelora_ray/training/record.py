@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from treelora_ray.config import RunConfig
 from treelora_ray.methods.learner import Learner
 from treelora_ray.training import metrics
 
+SUBMISSION = "TREELORA_SUBMISSION"  # by which workers know the job they are part of
 PACKAGES = ("treelora-ray", "torch", "transformers", "peft", "numpy", "pyarrow", "safetensors")
 
 
@@ -47,7 +50,19 @@ def provenance(config: RunConfig, learner: Learner) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "commit": _commit(),
+        "submission": submission(),
     }
+
+
+def ray_job() -> dict[str, Any]:
+    """What Ray has told the driver of a submitted job of it; {} elsewhere."""
+    found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return found
+
+
+def submission() -> str | None:
+    """The id of the Ray job that a run is part of."""
+    return os.environ.get(SUBMISSION) or (ray_job().get("metadata") or {}).get("job_submission_id")
 
 
 @cache

@@ -111,7 +111,8 @@ class StreamRun:
             if self.stop():
                 raise Stopped(str(self.files))
             self._learn(self.units[self.done])
-        self.write_result(finished=True)
+        if self.leads and not self._result_stands():
+            self.write_result(finished=True)
 
     def _learn(self, unit: tuple[int, ...]) -> None:
         learner = self.learner
@@ -202,6 +203,13 @@ class StreamRun:
             return
         for task in self.method.changed(unit):
             export_adapter(self.method, task, self.folder / "adapters" / self.stream.tasks[task].name)
+
+    def _result_stands(self) -> bool:
+        path = self.folder / "result.json"
+        if not path.is_file():
+            return False
+        result = json.loads(path.read_text())
+        return bool(result["finished"]) and len(result["records"]) == self.done
 
     def write_result(self, finished: bool) -> None:
         if not self.leads:

@@ -109,7 +109,15 @@ def measure(folder: Path, stream: list[str], steps: int, repeats: int, workers: 
             run_config=TrainRun(name=f"times-{workers}", storage_path=str(folder)),
         ).fit()
     result: dict[str, list[float]] = json.loads(out.read_text())
+    for pair in pairs:
+        result.setdefault(f"{pair['mode']} exchange", []).append(exchange(Path(pair["together"]["folder"])))
     return result
+
+
+def exchange(run: Path) -> float:
+    """The share of the training thread's time in which it asked the guide, or told it something."""
+    spent = [record["effort"]["seconds"] for record in json.loads((run / "result.json").read_text())["records"]]
+    return sum(each.get("exchange", 0.0) for each in spent) / sum(each["train"] for each in spent)
 
 
 def recovery(folder: Path, stream: list[str], steps: int) -> tuple[float, float]:
@@ -177,6 +185,8 @@ def tell(one: dict[str, list[float]], two: dict[str, list[float]]) -> None:
         print(
             f"| step of mode {mode}, one worker over one process | {statistics.median(a / b for a, b in pairs):.3f} |"
         )
+        share = statistics.median(one[f"{mode} exchange"])
+        print(f"| exchanges with the guide while it trains, of a worker's time, mode {mode} | {share:.4f} |")
     faster = statistics.median(one["treelora together"]) / statistics.median(two["treelora together"])
     print(f"| rows a second, two workers over one | {faster:.2f} |", flush=True)
 

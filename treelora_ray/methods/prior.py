@@ -23,6 +23,7 @@ from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.state import Snapshot
 from treelora_ray.files import load_snapshot, part, save_snapshot
 from treelora_ray.methods.learner import Learner
+from treelora_ray.models.backbone import backbone_digest
 
 KIND, VERSION = "treelora tree", 1
 PREFIX = "prior/"  # no task of a stream has a slash in its name
@@ -88,17 +89,15 @@ def _start(learner: Learner) -> dict[str, Any]:
         "seed": config.seed,
         "anchor": _sha256(learner.anchor),
         "backbone": {key: getattr(config.model, key) for key in ("backbone", "revision", "dtype")},
-        "weights": _sha256(*(model.linear(name).weight for name in learner.layout.names)),
+        "weights": backbone_digest(model),
         "scaling": model.scaling,
         "pooling": getattr(model, "pooling", None),
     }
 
 
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _sha256(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
 
 
 def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:

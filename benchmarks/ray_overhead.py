@@ -89,7 +89,7 @@ def measure(folder: Path, stream: list[str], steps: int, repeats: int, workers: 
     from ray.train import ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     with ExitStack() as stack:
         for repeat in range(repeats):
             for mode in PLACES:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from transformers import AutoImageProcessor, AutoModel
 from treelora_ray.data.digits import APART, TRANSFORMS, digits_stream, recipes
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.rows import column
+from treelora_ray.models import digits_vit
 from treelora_ray.models.digits_vit import digits_vit_folder
 
 
@@ -81,3 +84,15 @@ def test_the_backbone_is_made_once_and_is_an_ordinary_folder() -> None:
     assert AutoModel.from_pretrained(folder, add_pooling_layer=False).config.hidden_size == 64
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["height"] == 16
     assert not list(folder.parent.glob(".digits-vit-*/"))
+
+
+def test_any_worker_may_be_the_one_that_makes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """transformers saves nothing on workers but the first."""
+    monkeypatch.setenv("TREELORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(digits_vit, "STEPS", 10)
+    with monkeypatch.context() as second:
+        second.setattr(torch.distributed, "is_initialized", lambda: True)
+        second.setattr(torch.distributed, "get_rank", lambda *_: 1)
+        folder = digits_vit_folder()
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert AutoModel.from_pretrained(folder, add_pooling_layer=False).config.hidden_size == 64

@@ -29,15 +29,20 @@ def digits_vit_folder() -> Path:
 
 def _make(folder: Path) -> None:
     import torch
+    from safetensors.torch import save_file
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums in the same order on every machine
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            _pretrain().save_pretrained(folder)
+            model = _pretrain()
     finally:
         torch.set_num_threads(threads)
+    model.config.save_pretrained(folder)
+    save_file(
+        model.state_dict(), folder / "model.safetensors", {"format": "pt"}
+    )  # the model itself saves on worker 0 only
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

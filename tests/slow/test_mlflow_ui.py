@@ -78,7 +78,7 @@ def test_a_run_of_two_workers_is_found_in_mlflows_pages_and_its_report_needs_no_
         await page.shows("seen", "Finished", "method.probe_rounds", "backbone", "op", "Parent")
         await page.picture(pictures / "run.png")
         await page.go(f"{server.address}/#/experiments/{experiment}/runs/{one}/model-metrics")
-        await page.shows("train/loss")
+        await page.shows("seen (score/striped-0)", "seconds", "train")  # a chart, and headings of charts further down
         await page.picture(pictures / "metrics.png")
         await page.go(f"{server.address}/#/experiments/{experiment}/runs/{one}/artifacts")
         await page.shows("adapters", "config.yaml", "figures", "matrix.csv", "report.html", "tree.json")

@@ -40,9 +40,8 @@ def _make(folder: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     model.config.save_pretrained(folder)
-    save_file(
-        model.state_dict(), folder / "model.safetensors", {"format": "pt"}
-    )  # the model itself saves on worker 0 only
+    # Not by the model's own `save_pretrained`, which saves nothing on workers but the first.
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

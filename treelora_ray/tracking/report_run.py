@@ -41,6 +41,7 @@ CAPTIONS = {
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
 }
 NOT_RECORDED = "not recorded"
+REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 
 
 def one_run(run: Run) -> str:
@@ -152,6 +153,17 @@ def _leaning(result: Mapping[str, Any]) -> Iterator[Html]:
         yield bullets(merged)
 
 
+def _reused(efforts: Sequence[Mapping[str, Any]]) -> str:
+    """What another run had paid for; steps count wherever they were taken, seconds do not."""
+    found = {key: sum(effort.get("reused", {}).get(key, 0) for effort in efforts) for key in REUSED}
+    if not any(found.values()):
+        return ""
+    return (
+        f". Of these, {found['probe_rounds']} rounds and {found['pass_rows']} rows were taken from another run, where "
+        f"they had taken {found['seconds']:.1f} s that are not in this run's times"
+    )
+
+
 def _protocol(entry: Entry) -> Html:
     config, result = entry.config, entry.result
     train, lora, objective = config.train, config.model.lora, config.objective
@@ -164,6 +176,7 @@ def _protocol(entry: Entry) -> Html:
         f"{total['steps']} training steps; {total['probe_rounds']} probe rounds, {total['queries']} queries and passes "
         f"over {total['pass_rows']} rows beside them. Counted as steps: {sum(counted(e, train.batch) for e in efforts)}"
     )
+    made += _reused(efforts)
     rate = f"{train.lr:g}, {train.schedule}, warm-up over {train.warmup:.0%}, head {train.head_lr or train.lr:g}"
     rows = {
         "seed": config.seed,

@@ -39,6 +39,13 @@ CAPTIONS = {
     "times": "Probing and statistics are what the method costs beside training.",
     "losses": "Means over stretches of steps; each colour change is a new task.",
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
+    "sweep_front": "Trials that came to the end. Ringed are those that no other beats in one of accuracy, time and "
+    "forgetting without losing in another; one that lies within the ringed ones' reach forgets less.",
+    "sweep_importance": "Longer bars matter more. One that ends left of its red tick explains no more than shuffled "
+    "scores do; the black line is how far one trial moves it.",
+    "sweep_parallel": "A line for each trial. Where bright lines gather on an axis, good settings lie; the parameters "
+    "that matter most come first.",
+    "sweep_curves": "What trials scored after each task. A cross ends a trial that was stopped.",
 }
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from treelora_ray.api import Run, run
     from treelora_ray.config import RunConfig
+    from treelora_ray.methods.shared import Shared
 
-__all__ = ["Run", "RunConfig", "run"]
+__all__ = ["Run", "RunConfig", "Shared", "run"]
 
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: the command line must answer --help without torch.
-    if name in ("run", "Run"):
+    if name in ("run", "Run", "Shared"):
         from treelora_ray import api
 
         return getattr(api, name)

@@ -24,6 +24,7 @@ from treelora_ray.methods.catalogue import make
 from treelora_ray.methods.comm import Comm
 from treelora_ray.methods.guides import MakeGuide
 from treelora_ray.methods.learner import Learner
+from treelora_ray.methods.shared import Shared
 from treelora_ray.methods.treelora import TreeLora
 from treelora_ray.models.backbone import load_model
 from treelora_ray.store import RunFolder, StoreError, joined, local_path, open_folder
@@ -155,11 +156,13 @@ def run(
     allow: Sequence[str] = (),
     listener: Listener | None = None,
     stop: Callable[[], bool] = lambda: False,
+    shared: Shared | None = None,
 ) -> Run:
     """Learns the config's stream, from the run's last checkpoint where there is one.
 
     In this process, or by Ray workers where `cluster.workers` says so. `allow`: keys in which the config may differ
-    from the one the run began with.
+    from the one the run began with. `shared`: what runs of this process, one after the other, need not make again;
+    workers of Ray are other processes.
     """
     config = _as_config(config)
     listener = listener or Listener()
@@ -168,7 +171,7 @@ def run(
         folder.pull("config.yaml")
         _require_same_config(folder, config, allow, listener)
         if config.cluster.workers == 0:
-            learn(config, folder, listener=listener, stop=stop)
+            learn(config, folder, listener=listener, stop=stop, shared=shared)
         else:
             from treelora_ray.cluster.run import train  # the only way from here to ray
 
@@ -189,12 +192,14 @@ def learn(
     stop: Callable[[], bool] = lambda: False,
     comm: Comm | None = None,
     make_guide: MakeGuide = Guide,
+    shared: Shared | None = None,
 ) -> None:
-    """What each worker of a run does, and the only one where there are no others."""
-    stream = open_stream(config.stream, config.seed)
+    """What each worker of a run does, and the only one where there are no others. `shared`: all of them, or none."""
+    opened = open_stream if shared is None else shared.streams.open
+    stream = opened(config.stream, config.seed)
     threads = config.train.threads or (config.cluster.cpus_per_worker if config.cluster.workers else None)
     with torch.random.fork_rng(), _threads(threads):
-        method = assemble(config, stream.kind, comm, make_guide)
+        method = assemble(config, stream.kind, comm, make_guide, shared)
         told = Tracker()
         if method.learner.comm.rank == 0:
             told = tracker(config.tracking, folder.path, config.train.batch, listener.note, folder.stored)
@@ -236,13 +241,19 @@ def _followed(go: Callable[[], None], told: Tracker) -> None:
     told.ends("FINISHED")
 
 
-def assemble(config: RunConfig, kind: str, comm: Comm | None = None, make_guide: MakeGuide = Guide) -> Method:
+def assemble(
+    config: RunConfig,
+    kind: str,
+    comm: Comm | None = None,
+    make_guide: MakeGuide = Guide,
+    shared: Shared | None = None,
+) -> Method:
     """Model, learner and method of a config, as they are before the first task."""
     wanted = "causal-lm" if kind == "prompt" else "classification"
     if config.objective.kind not in ("auto", wanted):
         raise ConfigError(f"objective.kind is {config.objective.kind}, but the stream of {kind}s is for {wanted}")
-    model = load_model(config.model, kind, config.seed)
-    return make(Learner(config, model, comm, make_guide))
+    model = load_model(config.model, kind, config.seed, None if shared is None else shared.backbones)
+    return make(Learner(config, model, comm, make_guide, shared))
 
 
 def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:

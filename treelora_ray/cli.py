@@ -181,14 +181,22 @@ def show(run: RunFolder, as_json: Json = False) -> None:
 
 @app.command()
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders of runs, of which several are compared; or a sweep's."),
+    ],
     target: Annotated[
         Path | None, typer.Option("--output", help="The file; left out: RUN/report.html, of several ./report.html.")
     ] = None,
 ) -> None:
-    """Write one HTML file about a run, or about several side by side: scores, figures, settings, what it ran on."""
-    from treelora_ray.tracking.report import beside, open_run, write_report
+    """Write one HTML file about a run, several side by side, or a sweep: scores, figures, settings, what it ran on."""
+    from treelora_ray.tracking.report import beside, one_sweep, open_run, write_report
 
+    if (sweep := one_sweep(runs)) is not None:
+        from treelora_ray.tracking.sweep_report import write_sweep_report
+
+        typer.echo(f"written to {write_sweep_report(sweep, target)}")
+        return
     found = [open_run(run) for run in runs]
     typer.echo(f"written to {write_report(found, target or beside(found, 'report.html'))}")
 
@@ -198,12 +206,19 @@ def figures(
     run: RunFolder,
     target: Annotated[Path | None, typer.Option("--output", help="The folder; left out: RUN/figures.")] = None,
 ) -> None:
-    """Write the figures of a run, as PNG and SVG."""
+    """Write the figures of a run or a sweep, as PNG and SVG."""
     from treelora_ray.tracking.figures import write_figures
-    from treelora_ray.tracking.report import beside, open_run
+    from treelora_ray.tracking.report import beside, one_sweep, open_run
 
-    found = open_run(run)
-    written = write_figures(found, target or beside([found], "figures"))
+    if (sweep := one_sweep([run])) is not None:
+        from treelora_ray.tracking.sweep_report import write_sweep_figures
+
+        written = write_sweep_figures(sweep, target)
+    else:
+        found = open_run(run)
+        written = write_figures(found, target or beside([found], "figures"))
+    if not written:
+        raise typer.BadParameter(f"{run} has nothing to show yet: no trial has a score", param_hint="RUN")
     typer.echo(f"{len(written)} files written to {written[0].parent}")
 
 

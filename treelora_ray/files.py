@@ -112,6 +112,13 @@ def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dict(sorted(tensors.items())), json.loads(text)
 
 
+def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of change of a file, or of all files in a folder: a look from outside, which costs little."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    seen = [(each, each.stat()) for each in found if each.is_file()]
+    return tuple((str(each.relative_to(path)), stat.st_size, stat.st_mtime_ns) for each, stat in seen)
+
+
 def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """Those named `NAME.…`, without that."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

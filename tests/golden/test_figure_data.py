@@ -1,4 +1,4 @@
-"""What the figures of a small run show, against what they showed when last looked at; `make golden` writes it anew."""
+"""What figures of a small run and a small sweep show, against what was looked at last; `make golden` writes it anew."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests import results
+from tests import results, sweeps
 from treelora_ray.tracking.figure_data import figure_data
+from treelora_ray.tracking.sweep_data import figure_data as sweep_figures
 
 SHOWN = Path(__file__).with_name("figures.json")
+SWEEP = Path(__file__).with_name("sweep_figures.json")
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -29,6 +31,15 @@ def test_figures_show_what_they_showed_before(tmp_path: Path) -> None:
     assert list(data) == list(expected)
     for name, shown in expected.items():
         same(data[name], shown, name)
+
+
+def test_figures_of_a_sweep_show_what_they_showed_before() -> None:
+    data = json.loads(json.dumps(sweep_figures(sweeps.drawn(12))))
+    if os.environ.get("TREELORA_GOLDEN") == "write":
+        SWEEP.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    expected = json.loads(SWEEP.read_text())
+    assert list(data) == list(expected)
+    same(data, expected, "sweep")
 
 
 def same(one: Any, other: Any, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_the_regret_of_the_tree_search_grows_at_most_half_as_fast_as_that_of_the
 
 def test_the_families_benchmark_prints_its_table() -> None:
     assert "| kd-radius, best level |" in run("families.py", "--quick", "--seeds", "1")
+
+
+def test_the_sharing_benchmark_prints_a_ratio_and_a_second_run_that_shares_starts_sooner() -> None:
+    printed = run("sharing.py", "--quick")
+    ratio = re.search(r"^alone over sharing: median ([0-9.]+)", printed, re.MULTILINE)
+    assert ratio is not None
+    assert float(ratio[1]) > 1.2
 
 
 def test_the_stream_benchmark_prints_its_tables_and_a_step_costs_what_a_plain_one_does(tmp_path: Path) -> None:

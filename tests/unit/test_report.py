@@ -119,6 +119,15 @@ def test_a_page_says_what_must_be_known_to_compare_it(whole: str) -> None:
     assert "prefers-color-scheme: dark" in whole
 
 
+def test_a_page_says_what_was_taken_from_another_run(tmp_path: Path) -> None:
+    found = results.small()
+    found["records"][0]["effort"]["reused"] = {"probe_rounds": 4, "pass_rows": 65, "seconds": 1.25}
+    found["records"][1]["effort"]["reused"] = {"pass_rows": 5, "seconds": 0.25}
+    text = Page(write_report([made(tmp_path / "r", found)], tmp_path / "report.html").read_text()).text
+    assert "Counted as steps: 111. Of these, 4 rounds and 70 rows were taken from another run" in text
+    assert "they had taken 1.5 s that are not in this run's times" in text
+
+
 def test_the_scores_stand_in_a_table(whole: str) -> None:
     assert [cell["style"] for cell in Page(whole).all("td") if cell.get("class") == "heat"] == [
         f"--share: {score:.2f}" for score in (0.8, 0.85, 0.6, 0.7, 0.66, 0.9)

@@ -7,7 +7,7 @@ the sum of losses and its count: one all-reduce per optimizer step carries every
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,12 @@ from treelora_ray.core.guide import Guide
 from treelora_ray.core.layout import Layout
 from treelora_ray.data.batches import BatchPlan
 from treelora_ray.data.images import naming
+from treelora_ray.data.rows import contents
 from treelora_ray.data.task import Task
 from treelora_ray.methods.comm import Alone, Comm
 from treelora_ray.methods.guides import MakeGuide
+from treelora_ray.methods.looks import Look, surroundings
+from treelora_ray.methods.shared import Shared
 from treelora_ray.models.backbone import CausalModel, Model
 from treelora_ray.models.head import Head
 from treelora_ray.models.router import ClassSums, Router
@@ -43,6 +46,7 @@ class Effort:
     probe_rounds: int = 0
     queries: int = 0
     pass_rows: int = 0
+    reused: dict[str, float] = field(default_factory=dict)  # of these what another run had computed, and its seconds
 
     def __post_init__(self) -> None:
         self._within: list[float] = []  # seconds that inner phases have taken of each phase under way
@@ -60,12 +64,23 @@ class Effort:
             if self._within:
                 self._within[-1] += whole
 
+    def reuse(self, what: str, count: int, seconds: float) -> None:
+        self.reused[what] = self.reused.get(what, 0) + count
+        self.reused["seconds"] = self.reused.get("seconds", 0.0) + seconds
+
 
 class Learner:
     def __init__(
-        self, config: RunConfig, model: Model, comm: Comm | None = None, make_guide: MakeGuide = Guide
+        self,
+        config: RunConfig,
+        model: Model,
+        comm: Comm | None = None,
+        make_guide: MakeGuide = Guide,
+        shared: Shared | None = None,
     ) -> None:
         self.config, self.model, self.comm, self.make_guide = config, model, comm or Alone(), make_guide
+        assert shared is None or model.digest, "who shares what it saw of a model must know which model it is"
+        self.shared = shared  # on all workers, or on none
         self.layout = Layout.of(model.layers)
         self.device = model.device
         self.anchor = self.layout.flatten(model.layers).clone()  # A as drawn from the seed, B = 0
@@ -214,12 +229,30 @@ class Learner:
         data = self.tasks[task]
         if task < len(self.infos):
             return
-        sums = self._sums(task, range(len(data.train)), self.frozen_features)
+        sums = self._statistics(task)
         self.infos.append(TaskInfo(data.name, tuple(data.labels), data.score))
         self.router.add(task, sums)
         self.means[task] = sums.means.float()
         if data.labels:
             self.head.grow(data.labels, sums.means)
+
+    def _statistics(self, task: int) -> ClassSums:
+        """Of the frozen features of all training rows: the same with every method, adapter and tasks before."""
+        data = self.tasks[task]
+        rows, labels = range(len(data.train)), list(data.labels)
+        content = contents(data.train, rows) if self.remembers else ""
+        key = {"labels": labels, "batch": self.config.evaluate.batch, "rows": content}
+        if (look := self.recall("statistics", key)) is not None:
+            sums = ClassSums(max(len(labels), 1), self.model.width, self.device)
+            sums.flat.copy_(look.tensors["sums"])
+            own = len(rows[self.comm.rank :: self.comm.workers])
+            self.effort.pass_rows += own
+            self.effort.reuse("pass_rows", own, look.seconds)
+            return sums
+        start = time.perf_counter()
+        sums = self._sums(task, rows, self.frozen_features)
+        self.remember("statistics", key, Look({"sums": sums.flat}, time.perf_counter() - start))
+        return sums
 
     def _sums(self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]) -> ClassSums:
         """Of the features of a task's training rows, each seen once whatever the number of workers."""
@@ -254,6 +287,39 @@ class Learner:
         if self.rows:
             with torch.no_grad():
                 self.head_parameter.copy_(self.head.take(self.rows))
+
+    # -- what earlier runs of this process or sweep have seen already
+
+    def recall(self, kind: str, key: Mapping[str, Any], fits: Callable[[Look], bool] = lambda _: True) -> Look | None:
+        """What another run saw where it depends on the same; worker 0 says whether there is such a look."""
+        if self.shared is None:
+            return None
+        found = self.shared.looks.find(kind, self._whole(key)) if self.remembers else None
+        return self.comm.share(found if found is None or fits(found) else None)
+
+    def remember(self, kind: str, key: Mapping[str, Any], look: Look) -> None:
+        if self.shared is not None and self.remembers:
+            self.shared.looks.put(kind, self._whole(key), look)
+
+    def _whole(self, key: Mapping[str, Any]) -> dict[str, Any]:
+        """With all that every pass through the model depends on."""
+        model, train = self.config.model, self.config.train
+        return {
+            "backbone": self.model.digest,
+            "kind": self.model.kind,
+            "pooling": getattr(self.model, "pooling", None),
+            "length": [model.max_length, model.on_long],
+            "checkpointing": model.gradient_checkpointing,
+            "precision": train.precision,
+            "workers": self.comm.workers,
+            **surroundings(self.device),
+            **key,
+        }
+
+    @property
+    def remembers(self) -> bool:
+        """Whether this worker's looks are kept, and so need a key."""
+        return self.shared is not None and self.comm.rank == 0
 
     def features(self, rows: Any) -> Tensor:
         """[B, d] through the adapter as it is."""

@@ -8,7 +8,8 @@ observe: query (treelora, paper): gradients of the batch at the stored adapters 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from treelora_ray.core.merge import AdapterBank
 from treelora_ray.core.penalty import AdapterPull, DirectionPull, InnerPull, Strength
 from treelora_ray.core.signature import Accumulator, directions, layer_distances
 from treelora_ray.core.state import Choice, Snapshot
+from treelora_ray.data.rows import contents
 from treelora_ray.files import part
 from treelora_ray.methods import prior
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.learner import Learner, Ref
+from treelora_ray.methods.looks import Look, sha256
 from treelora_ray.methods.options import TreeLoraOptions
 
 NOTHING = -1
@@ -137,12 +140,10 @@ class TreeLora(Method):
         plan = learner.plan("probe", self.options.probe_batch, epochs=rounds)
         means, total = learner.anchor_means(), torch.zeros(len(self.places), device=learner.device)
         learner.adapter.copy_(learner.anchor)
-        seen: list[Ref] = []
+        drawn = [learner.refs(plan.at(step)) for step in range(rounds)]
+        seen = [ref for refs in drawn for ref in refs]
         with learner.effort.timed("probe"):
-            for step in range(rounds):
-                drawn = learner.refs(plan.at(step))
-                seen += drawn
-                gradient = self._gradient_at_anchor(drawn[learner.comm.rank :: learner.comm.workers], means)
+            for step, gradient in enumerate(self._gradients_at_anchor(drawn, means)):
                 total += gradient
                 if self.settings.observe == "probe":
                     self.guide.probe(step, gradient)
@@ -153,6 +154,49 @@ class TreeLora(Method):
             self.running = Accumulator(self.guide.full_layout, "anchor")
             self.running.add(total / rounds)
         return seen
+
+    def _gradients_at_anchor(self, drawn: Sequence[list[Ref]], means: Tensor | None) -> Iterator[Tensor]:
+        """[signature] of each mini-batch: as another run saw it where it would be the same here, computed elsewhere."""
+        learner = self.learner
+        key, rows = self._probed_from(drawn, means) if learner.remembers else ({}, [])
+        look = learner.recall("probe", key, lambda look: _agree(rows, look.told["rows"]))
+        known, seconds = ([], 0.0) if look is None else (list(look.tensors["gradients"]), look.seconds)
+        if known:
+            most = min(len(known), len(drawn))
+            learner.effort.reuse("probe_rounds", most, seconds * most / len(known))
+        yield from (gradient.to(learner.device) for gradient in known[: len(drawn)])
+        if len(known) >= len(drawn):
+            return
+        for refs in drawn[len(known) :]:
+            start = time.perf_counter()
+            known.append(self._gradient_at_anchor(refs[learner.comm.rank :: learner.comm.workers], means))
+            seconds += time.perf_counter() - start
+            yield known[-1]
+        gradients = torch.stack([gradient.cpu() for gradient in known])
+        learner.remember("probe", key, Look({"gradients": gradients}, seconds, {"rows": rows}))
+
+    def _probed_from(self, drawn: Sequence[list[Ref]], means: Tensor | None) -> tuple[dict[str, Any], list[str]]:
+        """What a gradient at the anchor depends on beside the model, and what the rows of each round hold.
+
+        Other tasks matter where their classes compete; the head, the penalty and how training goes do not.
+        """
+        learner, batch = self.learner, self.options.probe_batch or self.learner.config.train.batch
+        place = {row: number for number, row in enumerate(learner.rows)}
+        (task,) = learner.unit
+        heads = learner.head.rows[task] if learner.rows else []
+        labels = learner.tasks[task].labels if learner.rows else ()
+        key = {
+            "anchor": sha256(learner.anchor),
+            "scaling": learner.model.scaling,
+            "layout": learner.layout.to_json(),
+            "signature": sha256(self.places),
+            "competing": len(learner.rows),
+            "labels": [[label, place[row]] for label, row in zip(labels, heads, strict=True)],
+            "means": None if means is None else sha256(means),
+            "micro_batch": learner.config.train.micro_batch,
+            "drawn": [learner.unit_name, learner.unit_rows, batch, learner.config.seed],
+        }
+        return key, [contents(learner.tasks[task].train, [row for _, row in refs]) for refs in drawn]
 
     def _gradient_at_anchor(self, drawn: list[tuple[int, int]], means: Tensor | None) -> Tensor:
         """[signature] of one mini-batch, a mean over all workers."""
@@ -384,6 +428,11 @@ class TreeLora(Method):
         layers, distances = list(self.guide.layout.names), self.guide.measured()["distances"]
         more = {"layers": layers, "distances": distances, "pulls": self.pulls, **began}
         return {"tree": self.guide.to_data(), "drawn": self.guide.draw(), "guide_bytes": self.guide.nbytes(), **more}
+
+
+def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
+    """As far as both go."""
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 def is_stage(tasks: int) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from treelora_ray.config import ModelConfig
 from treelora_ray.models import adapters
 from treelora_ray.models.errors import ModelError
+from treelora_ray.models.kept import Backbones
 from treelora_ray.models.loading import folder_of, from_pretrained
 
 Inputs = dict[str, Tensor]
@@ -36,6 +37,7 @@ class Model:
         self.backbone = net
         self.width = int(getattr(net.config, "hidden_size", 0) or net.config.get_text_config().hidden_size)
         self.truncated = 0
+        self.digest = ""  # of the frozen model, where runs share it
         targets = adapters.find_targets(net, config.lora)
         order = adapters.forward_order(net, targets, lambda: net(**self.probe()))
         self.net = adapters.inject(net, config.lora, order, self.task_type, seed).eval()
@@ -330,8 +332,8 @@ def backbone_digest(model: Model) -> str:
 KINDS: dict[str, Callable[..., Model]] = {"image": ImageModel, "text": TextModel, "prompt": CausalModel}
 
 
-def load_model(config: ModelConfig, kind: str, seed: int) -> Model:
-    """The backbone of a config with fresh adapters, for streams of a kind."""
+def load_model(config: ModelConfig, kind: str, seed: int, backbones: Backbones | None = None) -> Model:
+    """The backbone of a config with fresh adapters, for streams of a kind; kept ones are not loaded again."""
     if config.quantize != "none":
         raise ModelError("model.quantize is 4bit, which is not supported: use dtype bfloat16 to halve the memory")
     if config.shard != "none":
@@ -340,5 +342,10 @@ def load_model(config: ModelConfig, kind: str, seed: int) -> Model:
         raise ModelError(
             f"{config.backbone} sees images, but the stream is of kind {kind}: name another model.backbone"
         )
-    net, helper = from_pretrained(folder_of(config), config, kind)
-    return KINDS[kind](net, helper, config, seed)
+    if backbones is None:
+        net, helper = from_pretrained(folder_of(config), config, kind)
+        return KINDS[kind](net, helper, config, seed)
+    kept = backbones.get(config, kind, _device(config.device))
+    made = KINDS[kind](kept.net(), kept.helper, config, seed)
+    made.digest = kept.digest
+    return made

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treelora_ray.tracking import figure_parts as parts
-from treelora_ray.tracking import figure_trees
+from treelora_ray.tracking import figure_trees, sweep_figures
 from treelora_ray.tracking.figure_data import Data, figure_data
 
 if TYPE_CHECKING:
@@ -35,9 +35,13 @@ def draw(data: Mapping[str, Data]) -> dict[str, Figure]:
 
 def write_figures(run: Run, folder: Path) -> list[Path]:
     """Each figure as PNG and SVG, the same bytes for the same run; the files written."""
+    return write(figures_of(run), folder)
+
+
+def write(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures_of(run).items():
+    for name, figure in drawn.items():
         for kind in ("png", "svg"):
             path = folder / f"{name}.{kind}"
             save(figure, path, kind)
@@ -241,4 +245,8 @@ DRAWN: dict[str, Callable[[Data], Figure]] = {
     "times": _times,
     "losses": _losses,
     "compare": _compare,
+    "sweep_front": sweep_figures.front,
+    "sweep_importance": sweep_figures.importance,
+    "sweep_parallel": sweep_figures.parallel,
+    "sweep_curves": sweep_figures.curves,
 }

@@ -13,6 +13,7 @@ from treelora_ray.tracking.compare import Comparison, Entry, Group, Value, compa
 from treelora_ray.tracking.figure_data import Data
 from treelora_ray.tracking.page import Html, bullets, page, table, tag, text
 from treelora_ray.tracking.report_run import MEASURES, NOT_RECORDED, figure, one_run, score_table, sections, sentence
+from treelora_ray.tracking.sweep_data import is_sweep
 from treelora_ray.training.errors import RunError
 
 COSTS = {  # by name: what it is, and how it is written
@@ -35,6 +36,14 @@ def open_run(address: str) -> Run:
     near = get_close_matches(path.name, beside, 3, 0.4) or beside[:8]
     hint = f"; did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else ""
     raise RunError(f"{address} is no run: it has no config.yaml{hint or '; give the folder that `train` made'}")
+
+
+def one_sweep(addresses: Sequence[str]) -> Path | None:
+    """The folder of a sweep; None where these are runs. A sweep is reported by itself."""
+    folders = [path for address in addresses if (path := local_path(address)) is not None and is_sweep(path)]
+    if folders and len(addresses) > 1:
+        raise RunError(f"{folders[0]} is a sweep, whose page already compares its trials: give it alone")
+    return folders[0] if folders else None
 
 
 def beside(runs: Sequence[Run], name: str) -> Path:

@@ -39,8 +39,16 @@ CAPTIONS = {
     "times": "Probing and statistics are what the method costs beside training.",
     "losses": "Means over stretches of steps; each colour change is a new task.",
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
+    "sweep_front": "Trials that came to the end. Ringed are those that no other beats in one of accuracy, time and "
+    "forgetting without losing in another; one that lies within the ringed ones' reach forgets less.",
+    "sweep_importance": "Longer bars matter more. One that ends left of its red tick explains no more than shuffled "
+    "scores do; the black line is how far one trial moves it.",
+    "sweep_parallel": "A line for each trial. Where bright lines gather on an axis, good settings lie; the parameters "
+    "that matter most come first.",
+    "sweep_curves": "What trials scored after each task. A cross ends a trial that was stopped.",
 }
 NOT_RECORDED = "not recorded"
+REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 
 
 def one_run(run: Run) -> str:
@@ -152,6 +160,17 @@ def _leaning(result: Mapping[str, Any]) -> Iterator[Html]:
         yield bullets(merged)
 
 
+def _reused(efforts: Sequence[Mapping[str, Any]]) -> str:
+    """What another run had paid for; steps count wherever they were taken, seconds do not."""
+    found = {key: sum(effort.get("reused", {}).get(key, 0) for effort in efforts) for key in REUSED}
+    if not any(found.values()):
+        return ""
+    return (
+        f". Of these, {found['probe_rounds']} rounds and {found['pass_rows']} rows were taken from another run, where "
+        f"they had taken {found['seconds']:.1f} s that are not in this run's times"
+    )
+
+
 def _protocol(entry: Entry) -> Html:
     config, result = entry.config, entry.result
     train, lora, objective = config.train, config.model.lora, config.objective
@@ -164,6 +183,7 @@ def _protocol(entry: Entry) -> Html:
         f"{total['steps']} training steps; {total['probe_rounds']} probe rounds, {total['queries']} queries and passes "
         f"over {total['pass_rows']} rows beside them. Counted as steps: {sum(counted(e, train.batch) for e in efforts)}"
     )
+    made += _reused(efforts)
     rate = f"{train.lr:g}, {train.schedule}, warm-up over {train.warmup:.0%}, head {train.head_lr or train.lr:g}"
     rows = {
         "seed": config.seed,

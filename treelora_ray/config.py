@@ -44,6 +44,10 @@ class StreamConfig(Section):
     """At most so many training rows a task, drawn by the seed."""
     test_rows: Positive | None = None
     """At most so many test rows a task, drawn by the seed."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each task's training rows, drawn by the seed, that is held out and takes the place of its test rows,
+    which are not opened: what is tuned is judged on these. `rows` and `test_rows` count after the cut (digits: `rows`
+    before)."""
     preset: str | None = None
     """A known data set to split (source split): cifar100, imagenet-r, cub200."""
     classes_per_task: Positive | None = None

@@ -5,6 +5,10 @@ class ClusterError(ValueError):
     """A mistake of the user, or a resource that the cluster does not have."""
 
 
+class SpaceError(ValueError):
+    """A space of settings that cannot be searched."""
+
+
 class GuideLostError(RuntimeError):
     """The guide's actor has lost its state, or serves a newer run of the workers.
 

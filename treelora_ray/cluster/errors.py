@@ -20,6 +20,10 @@ class GuideTimeoutError(RuntimeError):
     """The guide's actor did not answer in time."""
 
 
+class ClusterLostError(RuntimeError):
+    """The cluster has died under its driver."""
+
+
 def first_line(error: object) -> str:
     """What an error says, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

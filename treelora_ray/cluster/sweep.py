@@ -18,9 +18,10 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray._private import auto_init_hook
 
 from treelora_ray.api import Run
-from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.errors import ClusterError, ClusterLostError
 from treelora_ray.cluster.run import connected, needed, require_room
 from treelora_ray.cluster.spaces import load_space
 from treelora_ray.cluster.sweep_plan import Sweep, SweepOptions, Trial, sweep_name
@@ -88,7 +89,8 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
         while experiment.is_alive():
             experiment.join(POLL)
             if not any(node["Alive"] for node in ray.nodes()):
-                raise RunError(f"the cluster of sweep {sweep.folder} has died")
+                auto_init_hook.enable_auto_connect = False  # else Tune's thread starts another one
+                raise ClusterLostError(f"the cluster has died; sweep {sweep.folder} holds what was learnt")
     shutil.rmtree(sweep.folder.path / TUNE, ignore_errors=True)
     if experiment.error is not None:
         raise experiment.error

@@ -116,8 +116,8 @@ class Trial:
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> Trial:
         made = cls(**{each.name: data[each.name] for each in fields(cls) if each.name in data})
-        if made.state == "running":  # its process is gone
-            made.state = "waiting"
+        if not made.over:  # its process is gone, perhaps with the cluster, for which it is not to blame
+            made.state, made.failures = "waiting", 0
         return made
 
 

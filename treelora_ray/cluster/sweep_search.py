@@ -14,7 +14,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from treelora_ray.cluster.sweep_plan import METRICS, TRIES, Sweep, Trial
+from treelora_ray.cluster.sweep_plan import METRICS, TRIES, WINNER, Sweep, Trial
 from treelora_ray.cluster.sweep_program import Program
 
 REDUCTION = 3  # of so many trials at a rung of ASHA one goes on
@@ -117,4 +117,5 @@ class Judge(Forgetful, FIFOScheduler):
 
 def _scores(trial: Trial) -> str:
     last = trial.history[-1]
-    return f"val_op {last['val_op']:.1f}, forgetting {last['forgetting']:.1f}, {last['seconds']:.0f} s"
+    score = f"on test rows {last['val_op']:.1f}" if trial.id == WINNER else f"val_op {last['val_op']:.1f}"
+    return f"{score}, forgetting {last['forgetting']:.1f}, {last['seconds']:.0f} s"

@@ -160,10 +160,11 @@ def sweep_table(sweep: Mapping[str, Any], console: Console) -> None:
     metric, keys = sweep["metric"], list(sweep["parameters"])
     sign = 1.0 if sweep["mode"] == "max" else -1.0
     table = Table(title=f"trials by {metric} on held-out rows", title_justify="left", pad_edge=False)
-    for name in ("trial", "state", "of stream", "val_op", "forgetting", "seconds"):
-        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for name in ("trial", "state", "learnt", "val_op", "forgetting", "seconds"):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
     for key in keys:
-        table.add_column(escape(key))
+        short = key.rpartition(".")[2]
+        table.add_column(escape(short if sum(key.endswith(f".{short}") for key in keys) == 1 else key))
 
     def worth(trial: Mapping[str, Any]) -> tuple[bool, float]:
         return trial["state"] == "finished", -1e9 if trial[metric] is None else sign * trial[metric]

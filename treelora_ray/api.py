@@ -29,7 +29,7 @@ from treelora_ray.methods.treelora import TreeLora
 from treelora_ray.models.backbone import load_model
 from treelora_ray.store import RunFolder, StoreError, joined, local_path, open_folder
 from treelora_ray.tracking.tracked import tracker
-from treelora_ray.training.errors import RunError, Stopped
+from treelora_ray.training.errors import BusyError, RunError, Stopped
 from treelora_ray.training.evaluate import Answers, Evaluator
 from treelora_ray.training.state import Checkpoints, Loaded, restore
 from treelora_ray.training.stream import Listener, StreamRun
@@ -266,7 +266,7 @@ def _as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
 def _locked(folder: RunFolder) -> Iterator[None]:
     """One process of this machine trains a run at a time."""
     folder.lock.parent.mkdir(parents=True, exist_ok=True)
-    busy = RunError(f"another process is training in {folder}: wait for it, or give `name` another value")
+    busy = BusyError(f"another process is training in {folder}: wait for it, or give `name` another value")
     with locked(folder.lock, busy):
         yield
 

@@ -78,6 +78,73 @@ def train(
         typer.echo(f"Look again: treelora show {done.address}")
 
 
+@app.command()
+def sweep(
+    config: Config,
+    overrides: Overrides = None,
+    space: Annotated[str, typer.Option(help="treelora, smoke, baselines:METHOD, or a file of your own.")] = "treelora",
+    trials: Annotated[int, typer.Option(help="Settings to try.")] = 32,
+    concurrency: Annotated[str, typer.Option(help="Trials at once; auto: as many as there is room for.")] = "auto",
+    scheduler: Annotated[str, typer.Option(help="asha: stop what is hopeless early; none.")] = "asha",
+    grace: Annotated[float, typer.Option(help="Percent of the stream before asha stops anything.")] = 15.0,
+    search: Annotated[str, typer.Option(help="random, optuna or grid.")] = "random",
+    seeds: Annotated[int, typer.Option(help="Seeds by which the best are judged.")] = 3,
+    top: Annotated[int, typer.Option(help="How many of the best are learnt on further seeds.")] = 3,
+    metric: Annotated[str, typer.Option(help="val_op, forgetting or seconds.")] = "val_op",
+    time_budget: Annotated[str | None, typer.Option(help="Of the search, such as 90m or 2h.")] = None,
+    name: Annotated[str | None, typer.Option(help="Left out: made of space and config.")] = None,
+    quiet: Annotated[bool, typer.Option(help="Print the sweep's folder only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Search settings on held-out rows, and learn with the best. The same again goes on: docs/sweeps.md."""
+    from treelora_ray.config import load, overridden
+
+    base = load(config, overrides or [])
+    from treelora_ray.cluster.sweep import sweep as search_settings
+    from treelora_ray.cluster.sweep_plan import SweepOptions
+    from treelora_ray.store import joined
+    from treelora_ray.tracking import console as shown
+
+    options = SweepOptions(
+        space=space, trials=trials, concurrency=_concurrency(concurrency), scheduler=scheduler, grace=grace,
+        search=search, seeds=seeds, top=top, metric=metric, time_budget=_seconds(time_budget), name=name,
+    )  # fmt: skip
+    listener = shown.listener(quiet, as_json)
+    with _stoppable() as stop:
+        done = search_settings(base, options, given=overridden(overrides or []), listener=listener, stop=stop)
+    address = done.folder.address
+    if isinstance(listener, shown.JsonLines):
+        listener.write("finished", folder=address, winner=done.winner)
+    elif quiet:
+        typer.echo(address)
+    else:
+        shown.sweep_table(done.to_json(), _console())
+        typer.echo(f"\nThe sweep lies in {address}; the winner's run in {joined(address, 'winner')}")
+        typer.echo(f"Learn with its config again: treelora train {joined(address, 'best.yaml')}")
+
+
+def _concurrency(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: auto, or how many", param_hint="--concurrency") from None
+
+
+def _seconds(text: str | None) -> float | None:
+    """Of 2h, 90m, 1h30m, 45s."""
+    if text is None:
+        return None
+    import re
+
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    if not text or found is None:
+        raise typer.BadParameter(f"{text!r} is no time: write it like 2h, 90m or 1h30m", param_hint="--time-budget")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def submit(
     context: typer.Context,
@@ -86,11 +153,14 @@ def submit(
     working_dir: Annotated[Path, typer.Option(help="What travels: code and configs.")] = Path("."),
     detach: Annotated[bool, typer.Option("--detach", help="Send it, and do not follow its log.")] = False,
     run: Annotated[bool, typer.Option("--evaluate", help="CONFIG is a run: measure its scores again.")] = False,
+    search: Annotated[bool, typer.Option("--sweep", help="Search settings, with the options of sweep.")] = False,
 ) -> None:
     """Learn a stream as a job of a Ray cluster: CONFIG [KEY=VALUE]... as for train. The same again goes on."""
     from treelora_ray.cluster.submit import submit as send
 
-    command = "evaluate" if run else "train"
+    if run and search:
+        raise typer.BadParameter("give --evaluate or --sweep, not both")
+    command = "evaluate" if run else "sweep" if search else "train"
     code = send(command, [config, *context.args], address, working_dir, detach, lambda text: typer.echo(text))
     raise typer.Exit(code)
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -44,6 +45,10 @@ class StreamConfig(Section):
     """At most so many training rows a task, drawn by the seed."""
     test_rows: Positive | None = None
     """At most so many test rows a task, drawn by the seed."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each task's training rows, drawn by the seed, that is held out and takes the place of its test rows,
+    which are not opened: what is tuned is judged on these. `rows` and `test_rows` count after the cut (digits: `rows`
+    before)."""
     preset: str | None = None
     """A known data set to split (source split): cifar100, imagenet-r, cub200."""
     classes_per_task: Positive | None = None
@@ -205,6 +210,8 @@ class TrackingConfig(Section):
     """Steps that share one entry: the mean of their losses, the speed, the learning rate."""
     wait: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that a finished run may take to deliver what is left."""
+    report: bool = True
+    """Log figures and a report of the finished stream."""
     model: bool = True
     """Log the finished stream as a model that MLflow can load."""
     register_as: str | None = Field(default=None, alias="register")
@@ -309,8 +316,23 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return _checked(data, wrong, str(source))
 
 
+def overridden(overrides: Sequence[str]) -> dict[str, Any]:
+    """What `key.path=value` overrides that `load` takes say, by key."""
+    pairs = (text.partition("=")[::2] for text in overrides)
+    return {key.strip(): _value(value) for key, value in pairs}
+
+
 def from_mapping(data: Mapping[str, Any]) -> RunConfig:
     return _checked(dict(data), [], "the config")
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any], source: str) -> RunConfig:
+    """A config with other values at dotted keys, in their order, checked all at once; `source` is who asks for them."""
+    data, wrong = config.model_dump(mode="json", by_alias=True), []
+    for key, value in values.items():
+        if problem := _set(data, key.split("."), deepcopy(value)):
+            wrong.append(problem)
+    return _checked(data, wrong, source)
 
 
 def _checked(data: Any, wrong: list[str], source: str) -> RunConfig:

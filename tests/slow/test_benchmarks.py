@@ -71,3 +71,12 @@ def test_the_stream_benchmark_prints_its_tables_and_a_step_costs_what_a_plain_on
     assert len(result["speed"]) == 12
     for ratios in result["step_cost"].values():
         assert np.median(ratios) < 1.15
+
+
+def test_the_sweep_benchmark_prints_its_table(tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    printed = run("sweep.py", "--quick", "--trials", "4", "--out", str(out))
+    assert "| seconds of learning |" in printed
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert result["whole"]["stopped"] == 0
+    assert result["asha"]["learning"] <= 1.5 * result["whole"]["learning"]

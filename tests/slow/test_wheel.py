@@ -50,6 +50,8 @@ def test_the_wheel_learns_a_stream_in_an_empty_environment(binaries: Path, tmp_p
     for preset in ("quickstart", "paper/trace", "paper/vit-cifar100"):
         assert "ok: run" in run([treelora, "config", "check", preset], tmp_path)
     assert "treelora: " in run([treelora, "methods"], tmp_path)
+    spaces = "from treelora_ray.cluster.spaces import known, load_space; print(known(), load_space('smoke').name)"
+    assert run([str(binaries / "python"), "-c", spaces], tmp_path).split("\n")[0].endswith("'treelora'] smoke")
     said = run([treelora, "train", "quickstart", "stream.tasks=2", "train.steps=20", "name=two"], tmp_path, **cache)
     assert "turned-0" in said
     assert (tmp_path / "runs" / "two" / "adapters" / "striped-0" / "adapter_model.safetensors").is_file()

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from treelora_ray.tracking.console import Bars
+from treelora_ray.tracking.console import Bars, sweep_table
 
 HEAVY = ("torch", "transformers", "peft", "pyarrow", "ray", "mlflow", "scipy", "sklearn", "pandas", "numpy")
 HELP = f"""
@@ -82,3 +82,22 @@ def test_a_terminal_sees_the_step_and_the_loss_and_keeps_a_line_for_each_task() 
     bars.begins(1, 2, "next")
     bars.close()
     assert not bars.progress.tasks
+
+
+def test_a_sweep_is_a_table_of_its_trials_the_best_first() -> None:
+    def trial(name: str, state: str, score: float | None, rank: int) -> dict[str, Any]:
+        values = {"val_op": score, "forgetting": score, "seconds": score, "percent": score}
+        return {"id": name, "state": state, **values, "parameters": {"model.lora.rank": rank, "train.lr": 0.1}}
+
+    made = [trial("0", "finished", 40.0, 4), trial("1", "stopped", 90.0, 8), trial("2", "finished", 60.0, 16)]
+    winner = {"trial": "2", "val_op": {"mean": 60.0, "std": 1.5, "seeds": [61.0, 59.0]}, "test": {"op": 55.5}}
+    found = {
+        "metric": "val_op", "mode": "max", "parameters": {"model.lora.rank": {}, "train.lr": {}},
+        "trials": [*made, trial("3", "failed", None, 2)], "winner": winner,
+    }  # fmt: skip
+    out = io.StringIO()
+    sweep_table(found, Console(file=out, width=120, color_system=None))
+    rows = [line.split() for line in out.getvalue().splitlines() if line.startswith("│")]
+    assert [row[0].strip("│") for row in rows] == ["2", "0", "1", "3"]
+    assert "rank" in out.getvalue()
+    assert "winner 2: val_op 60.00 ± 1.50 over 2 seeds; on test rows 55.50" in out.getvalue()

@@ -190,6 +190,50 @@ def test_in_a_checkout_the_pipelines_are_started_and_pass_everything_on(folder: 
     assert client.sent["submission_id"].startswith("evaluate-first-")
 
 
+def test_a_sweep_is_sent_with_its_options_and_its_space(folder: Path, client: Client) -> None:
+    given = ["quickstart", "folder=/s", "--space=smoke", "--trials", "4", "train.lr=1e-4", "--json"]
+    go(ROOT, *given, command="sweep")
+    assert words(client)[:2] == ["python", "pipelines/sweep.py"]
+    assert pipeline("sweep.py")(words(client)[2:]) == [
+        "sweep", "quickstart", "folder=/s", "train.lr=1e-4", "cluster.address=auto", "--space", "smoke", "--trials",
+        "4", "--json",
+    ]  # fmt: skip
+    assert client.sent["metadata"] == {"run": "/s/sweep-smoke-quickstart"}
+    (folder / "mine.py").write_text("from ray import tune\ndef f():\n    return {'train.lr': tune.uniform(0.1, 1)}\n")
+    go(folder, "quickstart", "folder=/s", "--space", str(folder / "mine.py"), "--name", "first", command="sweep")
+    assert words(client)[-4:] == ["--space", "./mine.py", "--name", "first"]
+    assert client.sent["metadata"] == {"run": "/s/first"}
+
+
+@pytest.mark.usefixtures("no_client")
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [("smok", "did you mean 'smoke'"), ("./wrong.py", "train.lr is -1"), ("../outside.py", "does not lie in")],
+)
+def test_a_space_that_cannot_be_searched_is_refused_before_anything_is_sent(
+    folder: Path, space: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = folder / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for path, low in ((inner / "wrong.py", -1), (folder / "outside.py", 0.1)):
+        path.write_text(f"from ray import tune\ndef f():\n    return {{'train.lr': tune.uniform({low}, 1)}}\n")
+    with pytest.raises(ValueError, match=says):
+        go(inner, "quickstart", "folder=/s", "--space", space, command="sweep")
+
+
+def test_all_options_of_a_sweep_that_take_a_value_are_known() -> None:
+    from typer.main import get_command
+
+    from treelora_ray.cli import app
+
+    options = get_command(app).commands["sweep"].params  # type: ignore[attr-defined]
+    takes = {
+        name for option in options if option.param_type_name == "option" and not option.is_flag for name in option.opts
+    }
+    assert takes == set(module.SWEEP_VALUES)
+
+
 def test_a_run_to_evaluate_elsewhere_needs_a_place_that_is_the_same_there(folder: Path, client: Client) -> None:
     with pytest.raises(ClusterError, match="the run is 'runs/first', a relative path"):
         go(folder, "runs/first", command="evaluate", address=THERE)

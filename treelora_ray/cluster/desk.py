@@ -56,6 +56,9 @@ class Reporter(Listener):
         if self.leads:
             self.desk.tell.remote(event, *values)
 
+    def starts(self, steps: list[int], records: list[dict[str, Any]]) -> None:
+        self._tell("starts", steps, records)
+
     def begins(self, number: int, of: int, name: str) -> None:
         self._tell("begins", number, of, name)
 

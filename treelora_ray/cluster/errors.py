@@ -5,6 +5,10 @@ class ClusterError(ValueError):
     """A mistake of the user, or a resource that the cluster does not have."""
 
 
+class SpaceError(ValueError):
+    """A space of settings that cannot be searched."""
+
+
 class GuideLostError(RuntimeError):
     """The guide's actor has lost its state, or serves a newer run of the workers.
 
@@ -14,6 +18,10 @@ class GuideLostError(RuntimeError):
 
 class GuideTimeoutError(RuntimeError):
     """The guide's actor did not answer in time."""
+
+
+class ClusterLostError(RuntimeError):
+    """The cluster has died under its driver."""
 
 
 def first_line(error: object) -> str:

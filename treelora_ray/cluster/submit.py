@@ -16,18 +16,24 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from treelora_ray.cluster.errors import ClusterError, first_line
-from treelora_ray.config import load, run_name
+from treelora_ray.config import RunConfig, load, overridden, run_name
 from treelora_ray.store import joined
 
 # At the top of the working folder: packages of the same names lie further down.
 STAY = ("data", "runs", "mlruns", "build", "dist", "benchmarks/out")
 CACHES = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "*.egg-info")
 EXCLUDES = [*(f"/{name}" for name in STAY), *CACHES, "/mlflow.db"]
+
+SWEEP_VALUES = (
+    "--space", "--trials", "--concurrency", "--scheduler", "--grace", "--search", "--seeds", "--top", "--metric",
+    "--time-budget", "--name",
+)  # fmt: skip
 
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
@@ -56,7 +62,7 @@ def submit(
     detach: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Sends `treelora COMMAND ARGUMENTS` ("train" or "evaluate") and follows its log unless `detach`.
+    """Sends `treelora COMMAND ARGUMENTS` ("train", "evaluate" or "sweep") and follows its log unless `detach`.
 
     `address` is the dashboard's, http://HEAD:8265, or auto for a cluster on this machine. Exit code: 0 if the job
     succeeded (detached: if it was sent), 1 if it did not, 130 if Ctrl-C ended the following.
@@ -64,8 +70,8 @@ def submit(
     address = _address(address)
     here = _is_loopback(address)
     if not arguments or arguments[0].startswith("-"):
-        raise ClusterError(f"{command} needs its {'config' if command == 'train' else 'run'} first, got {arguments}")
-    prepare = {"train": _train, "evaluate": _evaluate}[command]
+        raise ClusterError(f"{command} needs its {'run' if command == 'evaluate' else 'config'} first, got {arguments}")
+    prepare = {"train": _train, "evaluate": _evaluate, "sweep": _sweep}[command]
     job = prepare(arguments, here, working_dir.resolve())
     client = _connect(address)
     _require_alone(client, job)
@@ -96,10 +102,37 @@ def submit(
 
 
 def _train(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
-    source, overrides, options = arguments[0], *_split(arguments[1:])
-    config = load(source, overrides)
-    if Path(source).is_file():
-        source = _travelling(Path(source), working_dir)
+    overrides, options = _split(arguments[1:], ["--allow-change"])
+    config = load(arguments[0], overrides)
+    added, notes = _places(config, here)
+    start = _start("train", "train_stream.py", arguments[0], working_dir)
+    words = [*overrides, *added, "cluster.address=auto", *options]
+    return _job(config, run_name(config), [*start, *words], notes, here)
+
+
+def _sweep(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
+    """Its space is checked here, and travels where it is a file."""
+    from treelora_ray.cluster.spaces import load_space
+    from treelora_ray.cluster.sweep_plan import SweepOptions, sweep_name
+
+    overrides, options = _split(arguments[1:], SWEEP_VALUES)
+    config = load(arguments[0], overrides)
+    given = dict(pairwise(options))
+    wanted = given.get("--space", SweepOptions.space)
+    space = load_space(wanted).under(overridden(overrides))
+    space.require_fits(config)
+    added, notes = _places(config, here)
+    file, _, function = wanted.partition(":")
+    if Path(file).is_file():
+        place = "./" + _travelling(Path(file), working_dir) + (f":{function}" if function else "")
+        options[options.index("--space") + 1] = place
+    start = _start("sweep", "sweep.py", arguments[0], working_dir)
+    words = [*overrides, *added, "cluster.address=auto", *options]
+    return _job(config, sweep_name(config, space.name, given.get("--name")), [*start, *words], notes, here)
+
+
+def _places(config: RunConfig, here: bool) -> tuple[list[str], list[str]]:
+    """Overrides that make paths mean the same in the job, and what is to be said of them."""
     added, notes = [], []
     places = {"folder": config.folder, "stream.path": config.stream.path, "model.backbone": config.model.backbone}
     places["method.prior"] = getattr(config.method, "prior", None)
@@ -108,14 +141,20 @@ def _train(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
         if value and local and (absolute := _absolute(key, value, here)) != value:
             added.append(f"{key}={json.dumps(absolute, ensure_ascii=False)}")
             notes.append(f"{key} is {absolute} of the machine on which the cluster runs")
-    name = run_name(config)
-    words = [*overrides, *added, "cluster.address=auto", *options]
-    if (working_dir / "pipelines" / "train_stream.py").is_file():
-        start = ["python", "pipelines/train_stream.py", "--config", source]
-    else:
-        start = ["python", "-m", "treelora_ray", "train", source]
-    folder = _absolute("folder", config.folder, here)
-    return Job(name, joined(folder, name), shlex.join([*start, *words]), tuple(notes))
+    return added, notes
+
+
+def _start(command: str, pipeline: str, source: str, working_dir: Path) -> list[str]:
+    """The first words of the job's command: the pipeline of a checkout, else the installed package."""
+    if Path(source).is_file():
+        source = _travelling(Path(source), working_dir)
+    if (working_dir / "pipelines" / pipeline).is_file():
+        return ["python", f"pipelines/{pipeline}", "--config", source]
+    return ["python", "-m", "treelora_ray", command, source]
+
+
+def _job(config: RunConfig, name: str, words: list[str], notes: list[str], here: bool) -> Job:
+    return Job(name, joined(_absolute("folder", config.folder, here), name), shlex.join(words), tuple(notes))
 
 
 def _evaluate(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
@@ -128,14 +167,15 @@ def _evaluate(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
     return Job(f"evaluate-{name}", "", shlex.join([*start, *arguments[1:]]), ())
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and options with their values."""
+def _split(arguments: Sequence[str], with_values: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and options, of which these are followed by a value (`--name=x` becomes two words)."""
     overrides: list[str] = []
     options: list[str] = []
     rest = iter(arguments)
     for word in rest:
-        if word == "--allow-change":
-            options += [word, next(rest, "")]
+        name, equals, value = word.partition("=")
+        if name in with_values:
+            options += [name, value if equals else next(rest, "")]
         else:
             (options if word.startswith("-") else overrides).append(word)
     return overrides, options

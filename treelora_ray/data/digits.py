@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.rows import MemoryRows
-from treelora_ray.data.task import Task, TaskStream
+from treelora_ray.data.task import Source, Task, TaskStream
 
 Pictures = NDArray[np.float32]  # [n, 16, 16], 0 .. 1
 SIZE = 16
-ROWS, TEST_ROWS = 1600, 300
+TASKS, ROWS, TEST_ROWS = 12, 1600, 300
 APART = {"pretrain": (0, 500), "train": (500, 1350), "test": (1350, 1797)}  # places in a fixed shuffle
 NOISE, FRAME = 0.04, 0.6
 
@@ -167,19 +167,26 @@ def _rows(recipe: Recipe, split: str, count: int, seed: int) -> MemoryRows:
     return MemoryRows(columns)
 
 
-def digits_stream(tasks: int = 12, seed: int = 0, rows: int | None = None, test_rows: int | None = None) -> TaskStream:
-    """The first tasks of the stream; the seed decides which pictures they show."""
-    known = recipes()
-    if not 1 <= tasks <= len(known):
-        raise DataError(f"the digits stream has 1 to {len(known)} tasks, not {tasks}")
-    made = [
-        Task(
-            recipe.name,
-            _rows(recipe, "train", rows or ROWS, seed),
-            _rows(recipe, "test", test_rows or TEST_ROWS, seed),
-            recipe.labels,
-            recipe.family,
-        )
-        for recipe in known[:tasks]
-    ]
-    return TaskStream(tuple(made), "image")
+def digits_source(seed: int = 0, rows: int | None = None, test_rows: int | None = None, tested: bool = True) -> Source:
+    """All tasks there are; the seed decides which pictures they show.
+
+    Where they are not `tested` no test picture is made, and training rows stand in.
+    """
+    known = {recipe.name: recipe for recipe in recipes()}
+
+    def open_task(name: str) -> Task:
+        train = _rows(known[name], "train", rows or ROWS, seed)
+        test = _rows(known[name], "test", test_rows or TEST_ROWS, seed) if tested else train
+        return Task(name, train, test, known[name].labels, known[name].family)
+
+    return Source(tuple(known), open_task)
+
+
+def digits_stream(
+    tasks: int = TASKS, seed: int = 0, rows: int | None = None, test_rows: int | None = None
+) -> TaskStream:
+    """The first tasks of the stream."""
+    source = digits_source(seed, rows, test_rows)
+    if not 1 <= tasks <= len(source.names):
+        raise DataError(f"the digits stream has 1 to {len(source.names)} tasks, not {tasks}")
+    return TaskStream(tuple(source.open(name) for name in source.names[:tasks]), "image")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from treelora_ray.config import StreamConfig
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.parquet import ParquetRows
+from treelora_ray.data.rows import Rows
 from treelora_ray.data.shards import addresses, find_split, open_filesystem, open_shards
 from treelora_ray.data.tables import checked_labels, first_of, read_labels, read_meta, read_table, task_folders
 from treelora_ray.data.task import Source, Task, columns_of, labelled
@@ -37,13 +38,15 @@ def parquet_source(folder: str, config: StreamConfig) -> Source:
         raise DataError(f"{folder} has no folders of tasks with train.parquet and test.parquet in them")
 
     def open_task(name: str) -> Task:
-        paths = [find_split(f"{folder}/{name}", [split]) for split in ("train", "test")]
-        for path, split in zip(paths, ("train", "test"), strict=True):
+        splits = ("train", "test") if config.holdout is None else ("train",)
+        paths = [find_split(f"{folder}/{name}", [split]) for split in splits]
+        for path, split in zip(paths, splits, strict=True):
             if path is None:
                 raise DataError(f"task {name!r} has no {folder}/{name}/{split}.parquet, nor shards of it: add it")
         wanted = {each: getattr(config, each) for each in ("image", "text", "label", "prompt", "answer")}
         columns = columns_of(open_shards(str(paths[0]), {})[0].schema.names, wanted, str(paths[0]))
-        train, test = (ParquetRows(str(path), columns, config.on_bad_row) for path in paths)
+        rows = [ParquetRows(str(path), columns, config.on_bad_row) for path in paths]
+        train, test = rows[0], rows[-1]
         about = meta.get(name, {})
         if "label" not in columns:
             return Task(name, train, test, (), about.get("family"), about.get("score", "accuracy"))
@@ -61,8 +64,7 @@ def trace_source(folder: str, config: StreamConfig) -> Source:
     columns = {"prompt": config.prompt, "answer": config.answer}
 
     def open_task(name: str) -> Task:
-        train = read_table(f"{folders[name]}/train.json", columns, config.on_bad_row)
-        test = read_table(first_of(folders[name], ["test.json", "eval.json"]), columns, config.on_bad_row)
+        train, test = _tables(folders[name], ["test.json", "eval.json"], columns, config)
         about = meta.get(name, {})
         score = about.get("score", TRACE_SCORES.get(name, "accuracy"))
         return Task(name, train, test, (), about.get("family"), score)
@@ -79,11 +81,17 @@ def labels_source(folder: str, config: StreamConfig) -> Source:
     columns = {"text": text, "label": config.label}
 
     def open_task(name: str) -> Task:
-        train = read_table(f"{folders[name]}/train.json", columns, config.on_bad_row)
-        test = read_table(first_of(folders[name], ["test.json", "dev.json"]), columns, config.on_bad_row)
+        train, test = _tables(folders[name], ["test.json", "dev.json"], columns, config)
         return labelled(name, train, test, read_labels(folders[name]), meta.get(name, {}).get("family"))
 
     return Source(_first(folders, list(meta)), open_task)
+
+
+def _tables(folder: str, tests: Sequence[str], columns: Mapping[str, str], config: StreamConfig) -> tuple[Rows, Rows]:
+    train = read_table(f"{folder}/train.json", columns, config.on_bad_row)
+    if config.holdout is not None:
+        return train, train
+    return train, read_table(first_of(folder, tests), columns, config.on_bad_row)
 
 
 def _holds_split(folder: str) -> bool:

@@ -99,10 +99,11 @@ def _open(
     columns = _columns(first, config, preset)
     rows = ParquetRows(first, columns, config.on_bad_row)
     whole = _labelled(rows)
-    if train and test:
-        trained, tested = whole, _labelled(ParquetRows(test, columns, config.on_bad_row))
-    else:
-        trained, tested = _cut(whole, seed)
+    trained, tested = (whole, whole) if train and test else _cut(whole, seed)
+    if config.holdout is not None:
+        tested = trained
+    elif train and test:
+        tested = _labelled(ParquetRows(test, columns, config.on_bad_row))
     present = set(np.unique(trained.labels).tolist())
     if unseen := set(np.unique(tested.labels).tolist()) - present:
         raise DataError(

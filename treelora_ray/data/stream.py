@@ -16,7 +16,7 @@ import numpy as np
 from treelora_ray.config import StreamConfig
 from treelora_ray.data.batches import permuted
 from treelora_ray.data.errors import DataError
-from treelora_ray.data.rows import Rows, SubsetRows, digest
+from treelora_ray.data.rows import Rows, SubsetRows, column, digest
 from treelora_ray.data.task import Source, Task, TaskStream, kind_of
 
 
@@ -69,8 +69,31 @@ def limited(rows: Rows, most: int | None, seed: int, key: str) -> Rows:
     return SubsetRows(rows, np.sort(permuted(np.arange(most), len(rows), f"{seed}/{key}")))
 
 
+def held_out(task: Task, share: float, seed: int) -> Task:
+    """The task with a share of its training rows as its test rows; drawn by seed and name, in their order.
+
+    One row of each label stays, the last one drawn, so that what is held out has no label that is not trained. A larger
+    share holds out the rows of a smaller one and more.
+    """
+    count = len(task.train)
+    drawn = permuted(np.arange(count), count, f"{seed}/{task.name}/held out")
+    labels = np.array(column(task.train, "label"), dtype=np.str_)[drawn] if task.labels else np.zeros(count)
+    _, last = np.unique(labels[::-1], return_index=True)
+    free = np.delete(drawn, count - 1 - last)
+    if not len(free):
+        raise DataError(
+            f"no row of task {task.name!r} can be held out: it has one training row of each label, which has to stay; "
+            "add rows, or leave out stream.holdout"
+        )
+    held = free[: max(1, round(share * count))]
+    kept = np.setdiff1d(np.arange(count), held)
+    train, test = SubsetRows(task.train, kept), SubsetRows(task.train, np.sort(held))
+    return dataclasses.replace(task, train=train, test=test)
+
+
 def _opened(source: Source, config: StreamConfig, seed: int) -> tuple[Task, ...]:
-    tasks = (source.open(name) for name in selected(source.names, config.tasks))
+    opened = (source.open(name) for name in selected(source.names, config.tasks))
+    tasks = opened if config.holdout is None else (held_out(task, config.holdout, seed) for task in opened)
     return tuple(
         dataclasses.replace(
             task,
@@ -82,15 +105,11 @@ def _opened(source: Source, config: StreamConfig, seed: int) -> tuple[Task, ...]
 
 
 def _digits(config: StreamConfig, seed: int) -> tuple[Task, ...]:
-    from treelora_ray.data.digits import digits_stream, recipes
+    from treelora_ray.data.digits import TASKS, digits_source
 
-    if config.tasks is None:
-        return digits_stream(seed=seed, rows=config.rows, test_rows=config.test_rows).tasks
-    known = [recipe.name for recipe in recipes()]
-    names = selected(known, config.tasks)
-    # A task's rows depend on its own place among all, not on how many are made.
-    made = digits_stream(1 + max(map(known.index, names)), seed, config.rows, config.test_rows).tasks
-    return tuple(next(task for task in made if task.name == name) for name in names)
+    wanted = config.model_copy(update={"tasks": TASKS if config.tasks is None else config.tasks})
+    made = digits_source(seed, config.rows, config.test_rows, tested=config.holdout is None)
+    return _opened(made, wanted, seed)
 
 
 def _source(config: StreamConfig, seed: int) -> Source:

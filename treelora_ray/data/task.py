@@ -65,7 +65,10 @@ class TaskStream:
 
 @dataclass(frozen=True)
 class Source:
-    """What tasks there are, in the order given; a task is opened when it is chosen."""
+    """What tasks there are, in the order given; a task is opened when it is chosen.
+
+    Where rows are held out no test rows are opened: all training rows stand in for them until they are cut.
+    """
 
     names: tuple[str, ...]
     open: Callable[[str], Task]

@@ -155,6 +155,39 @@ def metrics_line(metrics: Mapping[str, Any], console: Console) -> None:
             console.print(f"{metrics[key]:7.2f}  {key}: {words}", highlight=False)
 
 
+def sweep_table(sweep: Mapping[str, Any], console: Console) -> None:
+    """Trials, the best first, each with its settings; then the winner."""
+    metric, keys = sweep["metric"], list(sweep["parameters"])
+    sign = 1.0 if sweep["mode"] == "max" else -1.0
+    table = Table(title=f"trials by {metric} on held-out rows", title_justify="left", pad_edge=False)
+    for name in ("trial", "state", "learnt", "val_op", "forgetting", "seconds"):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+    for key in keys:
+        short = key.rpartition(".")[2]
+        table.add_column(escape(short if sum(key.endswith(f".{short}") for key in keys) == 1 else key))
+
+    def worth(trial: Mapping[str, Any]) -> tuple[bool, float]:
+        return trial["state"] == "finished", -1e9 if trial[metric] is None else sign * trial[metric]
+
+    for trial in sorted(sweep["trials"], key=worth, reverse=True):
+        numbers = [(trial["percent"], ".0f", "%"), (trial["val_op"], ".1f", ""), (trial["forgetting"], ".1f", "")]
+        numbers.append((trial["seconds"], ".0f", ""))
+        cells = ["" if value is None else f"{value:{form}}{unit}" for value, form, unit in numbers]
+        settings = [escape(str(trial["parameters"][key])) for key in keys]
+        table.add_row(trial["id"], trial["state"], *cells, *settings)
+    console.print(table)
+    if (winner := sweep["winner"]) is None:
+        return
+    spread = "" if winner["val_op"]["std"] is None else f" ± {winner['val_op']['std']:.2f}"
+    text = (
+        f"winner {winner['trial']}: val_op {winner['val_op']['mean']:.2f}{spread} over {len(winner['val_op']['seeds'])}"
+    )
+    text += " seeds" if len(winner["val_op"]["seeds"]) > 1 else " seed"
+    if winner["test"]:
+        text += f"; on test rows {winner['test']['op']:.2f}"
+    console.print(text, highlight=False)
+
+
 def times(records: Sequence[Mapping[str, Any]], console: Console) -> None:
     phases = list(dict.fromkeys(phase for record in records for phase in record["effort"]["seconds"]))
     table = Table(title="seconds by phase", title_justify="left", pad_edge=False)

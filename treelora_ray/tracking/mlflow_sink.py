@@ -163,12 +163,15 @@ class Sink:
         from treelora_ray.tracking.model import log_model
         from treelora_ray.tracking.report import write_report
 
-        run, model = Run(self.folder), self.tracking["model"]
+        run, wanted = Run(self.folder), self.tracking
+        report = wanted.get("report", True)  # journals of older runs do not say
         with tempfile.TemporaryDirectory() as name:
             makers: dict[str, Callable[[], Any]] = {
-                "figures": lambda: write_figures(run, Path(name) / "figures"),
-                "report": lambda: write_report([run], Path(name) / "report.html"),
-                "model": lambda: model and log_model(run, self.client, self.run_id, register=self.tracking["register"]),
+                "figures": lambda: report and write_figures(run, Path(name) / "figures"),
+                "report": lambda: report and write_report([run], Path(name) / "report.html"),
+                "model": lambda: (
+                    wanted["model"] and log_model(run, self.client, self.run_id, register=wanted["register"])
+                ),
             }
             for what, make in makers.items():
                 try:

@@ -9,6 +9,10 @@ class RunError(ValueError):
     """A run cannot be started, resumed or read as asked."""
 
 
+class BusyError(RunError):
+    """Another process trains the run."""
+
+
 class Stopped(Exception):  # noqa: N818
     """A run was asked to stop, and has written a checkpoint."""
 

@@ -33,7 +33,7 @@ def attach(method: Method) -> None:
     learner = method.learner
     learner.bind(method.competing() if learner.head.rows else [])
     learner.compete(method.own_classes())
-    learner.steps = steps_of(learner)
+    learner.steps = steps_of(learner, learner.unit)
 
 
 def train_task(method: Method, first: int, after_step: Step, checkpoint: Callable[[int], None]) -> None:
@@ -91,15 +91,16 @@ def micro_batches(learner: Learner) -> Iterator[list[Ref]]:
         yield own[at : at + size]
 
 
-def steps_of(learner: Learner) -> int:
-    """Optimizer steps of the unit: what the config says, or its epochs over the unit's rows."""
-    train, per_epoch = learner.config.train, learner.plan().steps_per_epoch
+def steps_of(learner: Learner, unit: tuple[int, ...]) -> int:
+    """Optimizer steps of a unit: what the config says, or its epochs over the unit's rows."""
+    train = learner.config.train
     if train.steps is not None:
         return train.steps
+    rows = [len(learner.tasks[task].train) for task in unit]
+    per_epoch = -(-sum(rows) // train.batch)
     if isinstance(train.epochs, int):
         return train.epochs * per_epoch
-    rows = [len(learner.tasks[task].train) for task in learner.unit]
-    passes = [train.epochs[task] for task in learner.unit]
+    passes = [train.epochs[task] for task in unit]
     epochs = sum(n * e for n, e in zip(rows, passes, strict=True)) / sum(rows)
     return max(1, round(epochs * per_epoch))
 

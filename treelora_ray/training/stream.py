@@ -28,6 +28,9 @@ from treelora_ray.training.tracker import Tracker
 class Listener:
     """What may be shown while a run goes on; all of it does nothing here."""
 
+    def starts(self, steps: list[int], records: list[dict[str, Any]]) -> None:
+        """The run begins or goes on: optimizer steps of each unit, and the records of units learnt before."""
+
     def begins(self, number: int, of: int, name: str) -> None: ...
 
     def phase(self, name: str) -> None: ...
@@ -107,6 +110,7 @@ class StreamRun:
         if self.leads:
             left = len(self.units) - self.done
             self.tracker.begins(self.about(), fresh=not self.done and self.step is None, left=left)
+        self.listener.starts([loop.steps_of(self.learner, unit) for unit in self.units], list(self.records))
         while self.done < len(self.units):
             if self.stop():
                 raise Stopped(str(self.files))

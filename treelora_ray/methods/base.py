@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from treelora_ray.config import Options
+from treelora_ray.config import ConfigError, Options
 from treelora_ray.core.merge import AdapterBank
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import METHOD_OPTIONS
@@ -28,6 +28,14 @@ HOOKS = ("before_stream", "before_task", "after_task", "before_step", "after_ste
 
 class Method:
     name: ClassVar[str] = ""
+    objectives: ClassVar[tuple[str, ...]] = ("classification", "causal-lm")
+    """What it can be trained for; a stream of another kind is refused."""
+    keeps: ClassVar[str] = "one adapter"
+    """What is there after N tasks, beside the head."""
+    step_cost: ClassVar[str] = "none"
+    """What a training step costs more than plain training."""
+    reduces: ClassVar[str] = "gradient"
+    """What workers add up or tell each other."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -141,4 +149,15 @@ def register(name: str, options: type[Options] | None = None) -> Callable[[M], M
 def make(learner: Learner) -> Method:
     """The method that a learner's config names."""
     options = learner.config.method
+    if said := unfit(options.name, learner.objective.kind):
+        raise ConfigError(said)
     return METHODS[options.name](learner, options)
+
+
+def unfit(name: str, objective: str) -> str | None:
+    """In words, why a method cannot be trained for an objective; None where it can."""
+    can = METHODS[name].objectives
+    if objective in can:
+        return None
+    others = ", ".join(other for other, method in METHODS.items() if objective in method.objectives)
+    return f"method.name {name!r} learns {' and '.join(can)} only, not {objective}: use one of {others}"

@@ -39,6 +39,25 @@ class ReplayOptions(Options):
     """Rows from the memory that are added to each step."""
 
 
+class EwcOptions(Options):
+    """One adapter; what mattered to earlier tasks is held near where they left it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share | None = Field(default=None, alias="lambda")
+    """Strength: half of it times importance times the square of the displacement is added to the loss; 0 turns it off.
+    Left out: 50 in classification, 400 for language models."""
+    online: bool = False
+    """One importance and one anchor for all tasks, renewed after each, in place of one of each for every task."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Online: what is left of the earlier importance after each task."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Importance is the mean squared gradient of log p(y | x): y as labelled, or drawn from the model (of an answer:
+    each token, given those that stand before it)."""
+    rows: Positive | None = None
+    """Rows of a task over which that mean is taken, drawn by the seed; all where it is left out."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -83,5 +102,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "independent": IndependentOptions,
     "joint": JointOptions,
     "replay": ReplayOptions,
+    "ewc": EwcOptions,
     "treelora": TreeLoraOptions,
 }

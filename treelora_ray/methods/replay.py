@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treelora_ray.config import Options
-from treelora_ray.data.batches import permuted
+from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import ReplayOptions
@@ -19,6 +19,9 @@ from treelora_ray.methods.options import ReplayOptions
 @register("replay")
 class Replay(Method):
     """The memory holds the numbers of its rows; the rows themselves stay where the stream keeps them."""
+
+    keeps = "one adapter, the numbers of `memory` rows"
+    step_cost = "forward/backward of `replay_batch` rows"
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
@@ -39,13 +42,8 @@ class Replay(Method):
     def rows(self, step: int, drawn: list[Ref]) -> list[Ref]:
         if not self.memory or not self.extra:
             return drawn
-        # Every worker draws the same rows, wherever training was resumed: the memory is gone through again and
-        # again in a new order each time.
-        count = len(self.memory)
-        places = np.arange(step * self.extra, (step + 1) * self.extra)
         key = f"{self.learner.config.seed}/{self.learner.unit_name}/replay"
-        chosen = [int(permuted(np.array([p % count]), count, f"{key}/{p // count}")[0]) for p in places]
-        return drawn + [self.memory[place] for place in chosen]
+        return drawn + [self.memory[place] for place in memory.walk(len(self.memory), self.extra, step, key)]
 
     def after_task(self) -> None:
         """Reservoir sampling: each row seen so far is in the memory with the same probability."""

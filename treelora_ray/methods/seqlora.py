@@ -17,6 +17,8 @@ from treelora_ray.methods.options import SeqLoraOptions
 
 @register("seqlora")
 class SeqLora(Method):
+    keeps = "one adapter (merge_new: all, folded into the weights)"
+
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         assert isinstance(options, SeqLoraOptions)

@@ -41,6 +41,7 @@ CAPTIONS = {
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
 }
 NOT_RECORDED = "not recorded"
+ONE_ADAPTER = ("seqlora", "replay", "ewc")  # methods whose adapter goes on from task to task
 
 
 def one_run(run: Run) -> str:
@@ -211,7 +212,7 @@ def start_of(method: Mapping[str, Any]) -> str:
             "previous": "the task before",
             "fresh": "fresh",
         }[start]
-    known = {"seqlora": "the task before", "replay": "the task before", "independent": "fresh", "joint": "fresh"}
+    known = {"independent": "fresh", "joint": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
     if method.get("variant") == "merge_new":
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Options] = {
     "replay": {"name": "replay", "memory": 9, "replay_batch": 3},
     "ewc": {"name": "ewc"},
     "ewc-online": {"name": "ewc", "online": True, "gamma": 0.5, "fisher": "sampled", "rows": 9},
+    "lwf": {"name": "lwf"},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -45,13 +46,14 @@ VARIANTS: dict[str, Options] = {
     "released": {"name": "treelora", "mode": "released"},
 }
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
-TRAINS_OLD_ROWS = {"replay"}
+TRAINS_OLD_ROWS = {"replay", "lwf"}
 ALL = pytest.mark.parametrize("variant", list(VARIANTS))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
     "replay, no rows": ({"name": "replay", "replay_batch": 0}, {"name": "seqlora"}),
     "replay, no memory": ({"name": "replay", "memory": 0}, {"name": "seqlora"}),
     "ewc": ({"name": "ewc", "lambda": 0}, {"name": "seqlora"}),
+    "lwf": ({"name": "lwf", "lambda": 0}, {"name": "seqlora"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},

@@ -133,13 +133,16 @@ class Learner:
 
     @contextmanager
     def holding(self, adapter: Tensor) -> Iterator[None]:
-        """The model answers through this adapter [total], then through its own again."""
+        """The model answers through this adapter [total], then through its own again.
+
+        Autograd does not hear of it: what was said before is differentiated after, when the own values are back.
+        """
         own = self.adapter.clone()
-        self.adapter.copy_(adapter)
+        self.adapter.data.copy_(adapter)
         try:
             yield
         finally:
-            self.adapter.copy_(own)
+            self.adapter.data.copy_(own)
 
     # -- the optimizer
 

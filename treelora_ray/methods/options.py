@@ -58,6 +58,17 @@ class EwcOptions(Options):
     """Rows of a task over which that mean is taken, drawn by the seed; all where it is left out."""
 
 
+class LwfOptions(Options):
+    """One adapter; what the model said of old classes before a task, it is to say still."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share = Field(default=1.0, alias="lambda")
+    """Strength of the distillation; 0 turns it off."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Both sides' logits are divided by it; the term is multiplied by its square."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -103,5 +114,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "joint": JointOptions,
     "replay": ReplayOptions,
     "ewc": EwcOptions,
+    "lwf": LwfOptions,
     "treelora": TreeLoraOptions,
 }

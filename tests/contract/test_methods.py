@@ -35,6 +35,8 @@ VARIANTS: dict[str, Options] = {
     "ewc": {"name": "ewc"},
     "ewc-online": {"name": "ewc", "online": True, "gamma": 0.5, "fisher": "sampled", "rows": 9},
     "lwf": {"name": "lwf"},
+    "agem": {"name": "agem", "memory": 7, "memory_batch": 5},
+    "gem": {"name": "gem", "memory": 7},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -46,7 +48,7 @@ VARIANTS: dict[str, Options] = {
     "released": {"name": "treelora", "mode": "released"},
 }
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
-TRAINS_OLD_ROWS = {"replay", "lwf"}
+TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem"}
 ALL = pytest.mark.parametrize("variant", list(VARIANTS))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
@@ -54,6 +56,8 @@ WITHOUT = {
     "replay, no memory": ({"name": "replay", "memory": 0}, {"name": "seqlora"}),
     "ewc": ({"name": "ewc", "lambda": 0}, {"name": "seqlora"}),
     "lwf": ({"name": "lwf", "lambda": 0}, {"name": "seqlora"}),
+    "agem": ({"name": "agem", "memory": 0}, {"name": "seqlora"}),
+    "gem": ({"name": "gem", "memory": 0}, {"name": "seqlora"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},

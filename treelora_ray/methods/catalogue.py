@@ -1,12 +1,14 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import ewc, independent, joint, lwf, replay, seqlora, treelora
+from treelora_ray.methods import agem, ewc, gem, independent, joint, lwf, replay, seqlora, treelora
 from treelora_ray.methods.base import METHODS, Method, make, register
 
 __all__ = [
     "METHODS",
     "Method",
+    "agem",
     "ewc",
+    "gem",
     "independent",
     "joint",
     "lwf",

@@ -37,6 +37,7 @@ VARIANTS: dict[str, Options] = {
     "lwf": {"name": "lwf"},
     "agem": {"name": "agem", "memory": 7, "memory_batch": 5},
     "gem": {"name": "gem", "memory": 7},
+    "ogd": {"name": "ogd", "memory": 7},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -58,6 +59,7 @@ WITHOUT = {
     "lwf": ({"name": "lwf", "lambda": 0}, {"name": "seqlora"}),
     "agem": ({"name": "agem", "memory": 0}, {"name": "seqlora"}),
     "gem": ({"name": "gem", "memory": 0}, {"name": "seqlora"}),
+    "ogd": ({"name": "ogd", "memory": 0}, {"name": "seqlora"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},

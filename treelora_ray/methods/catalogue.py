@@ -1,6 +1,6 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import agem, ewc, gem, independent, joint, lwf, replay, seqlora, treelora
+from treelora_ray.methods import agem, ewc, gem, independent, joint, lwf, ogd, replay, seqlora, treelora
 from treelora_ray.methods.base import METHODS, Method, make, register
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "joint",
     "lwf",
     "make",
+    "ogd",
     "register",
     "replay",
     "seqlora",

@@ -90,6 +90,13 @@ class AgemOptions(Options):
     """Remembered rows a step looks at; as many as `train.batch` where it is left out."""
 
 
+class OgdOptions(Options):
+    """One adapter; steps keep to what is orthogonal to the gradients of earlier tasks' logits."""
+
+    memory: Annotated[int, Field(ge=0)] = 150
+    """Rows of each task whose gradients are kept, drawn uniformly by the seed."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -138,5 +145,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "lwf": LwfOptions,
     "agem": AgemOptions,
     "gem": GemOptions,
+    "ogd": OgdOptions,
     "treelora": TreeLoraOptions,
 }

@@ -41,7 +41,8 @@ CAPTIONS = {
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
 }
 NOT_RECORDED = "not recorded"
-ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem")  # methods whose adapter goes on from task to task
+# Methods whose adapter goes on from task to task.
+ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd")
 
 
 def one_run(run: Run) -> str:

@@ -38,6 +38,8 @@ VARIANTS: dict[str, Options] = {
     "agem": {"name": "agem", "memory": 7, "memory_batch": 5},
     "gem": {"name": "gem", "memory": 7},
     "ogd": {"name": "ogd", "memory": 7},
+    "der++": {"name": "der++", "memory": 9, "replay_batch": 4, "top_k": 5},
+    "der++-past": {"name": "der++", "memory": 9, "scope": "past", "shared_draw": True, "logits_at": "task_end"},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -49,7 +51,7 @@ VARIANTS: dict[str, Options] = {
     "released": {"name": "treelora", "mode": "released"},
 }
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
-TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem"}
+TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++"}
 ALL = pytest.mark.parametrize("variant", list(VARIANTS))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
@@ -60,6 +62,8 @@ WITHOUT = {
     "agem": ({"name": "agem", "memory": 0}, {"name": "seqlora"}),
     "gem": ({"name": "gem", "memory": 0}, {"name": "seqlora"}),
     "ogd": ({"name": "ogd", "memory": 0}, {"name": "seqlora"}),
+    "der++": ({"name": "der++", "alpha": 0, "beta": 0}, {"name": "seqlora"}),
+    "der++, no memory": ({"name": "der++", "memory": 0}, {"name": "seqlora"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},

@@ -59,7 +59,7 @@ class Method:
         learner = self.learner
         if learner.config.objective.ce_scope == "current":
             return learner.head.of_tasks(learner.unit)
-        return learner.head.of_tasks(range(len(learner.head.rows)))
+        return learner.head.of_all()
 
     def own_classes(self) -> Sequence[int] | None:
         """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""

@@ -1,12 +1,13 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import agem, ewc, gem, independent, joint, lwf, ogd, replay, seqlora, treelora
+from treelora_ray.methods import agem, derpp, ewc, gem, independent, joint, lwf, ogd, replay, seqlora, treelora
 from treelora_ray.methods.base import METHODS, Method, make, register
 
 __all__ = [
     "METHODS",
     "Method",
     "agem",
+    "derpp",
     "ewc",
     "gem",
     "independent",

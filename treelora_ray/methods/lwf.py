@@ -39,7 +39,7 @@ class Lwf(Method):
 
     def competing(self) -> list[int]:
         """Old rows of the head are trained by what is distilled, and by nothing else."""
-        return self.learner.head.of_tasks(range(len(self.learner.head.rows))) if self._teaches else super().competing()
+        return self.learner.head.of_all() if self._teaches else super().competing()
 
     def own_classes(self) -> Sequence[int] | None:
         return self.learner.unit if self._teaches and self.learner.config.objective.ce_scope == "current" else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import insort
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from treelora_ray.data.batches import permuted
+from treelora_ray.methods.learner import Ref
 
 
 def draw(count: int, wanted: int, key: str) -> list[int]:
@@ -26,3 +29,48 @@ def walk(count: int, per_step: int, step: int, key: str) -> list[int]:
 def number(key: str) -> int:
     """63 bits that depend on the key alone: what a generator starts from, or the rank of a row."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Buffer:
+    """Of all rows offered, those with the largest keys: in each group its share, and what small groups leave over.
+
+    A row's key depends on seed, task and row alone. So what is kept is a uniform sample, and a function of the set of
+    rows offered: neither order nor repeats, nor how many workers offer them, nor a restart makes a difference.
+    """
+
+    def __init__(self, seed: int, balanced: bool) -> None:
+        self.seed, self.balanced = seed, balanced  # not balanced: all are one group
+        self.groups: dict[int, list[Ref]] = {}  # rows by falling key
+
+    def key(self, ref: Ref) -> tuple[int, Ref]:
+        return -number(f"{self.seed}/{ref}"), ref
+
+    def offer(self, rows: Iterable[tuple[Ref, int]], size: int) -> None:
+        """Rows with their groups; of all that are there now, `size` stay."""
+        for ref, group in rows:
+            kept = self.groups.setdefault(group if self.balanced else 0, [])
+            if ref not in kept:
+                insort(kept, ref, key=self.key)
+        for group, share in shares({group: len(rows) for group, rows in self.groups.items()}, size).items():
+            del self.groups[group][share:]
+
+    def rows(self) -> list[Ref]:
+        """By group, in each by falling key."""
+        return [ref for group in sorted(self.groups) for ref in self.groups[group]]
+
+    def groups_of_rows(self) -> list[int]:
+        return [group for group in sorted(self.groups) for _ in self.groups[group]]
+
+
+def shares(sizes: Mapping[int, int], size: int) -> dict[int, int]:
+    """By group how many of its rows stay: equal parts, the first groups one more, and what small groups leave over."""
+    found, left, open_ = dict[int, int](), size, sorted(sizes)
+    while open_:
+        parts = {group: left // len(open_) + (place < left % len(open_)) for place, group in enumerate(open_)}
+        small = [group for group in open_ if sizes[group] <= parts[group]]
+        if not small:
+            return found | parts
+        found |= {group: sizes[group] for group in small}
+        left -= sum(sizes[group] for group in small)
+        open_ = [group for group in open_ if group not in small]
+    return found

@@ -97,6 +97,35 @@ class OgdOptions(Options):
     """Rows of each task whose gradients are kept, drawn uniformly by the seed."""
 
 
+class DerOptions(Options):
+    """One adapter, and a memory of past rows with what the model said of them, which it is to say still."""
+
+    alpha: Share = 0.3
+    """Weight of the squared difference from what was said of remembered rows."""
+    beta: Share = 0.5
+    """Weight of the loss on remembered rows."""
+    memory: Annotated[int, Field(ge=0)] | None = None
+    """Rows remembered in all; 100 for each task of the stream where it is left out."""
+    policy: Literal["balanced", "reservoir"] = "balanced"
+    """balanced: each class (task, for language models) has an equal share. reservoir: each row has an equal chance."""
+    replay_batch: Positive | None = None
+    """Remembered rows a step looks at, for each of the two terms; as many as `train.batch` where it is left out."""
+    shared_draw: bool = False
+    """One draw for both terms, in place of one each: a forward and backward pass less."""
+    scope: Literal["all", "past"] = "all"
+    """all: rows of the task in progress are replayed too. past: of finished tasks alone."""
+    refresh: Literal["last", "first"] = "last"
+    """What was said of a row is that of its last presentation, or of its first."""
+    logits_at: Literal["presentation", "task_end"] = "presentation"
+    """presentation: rows are offered to the memory as they are trained on, with what the model said then. task_end: all
+    rows when their task is learnt, with one pass over them."""
+    lm_logits: Literal["topk", "off"] = "topk"
+    """Language models: log-probabilities of the likeliest tokens at each place of an answer are kept, or nothing, which
+    leaves replay."""
+    top_k: Positive = 32
+    """How many of them."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -146,5 +175,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "agem": AgemOptions,
     "gem": GemOptions,
     "ogd": OgdOptions,
+    "der++": DerOptions,
     "treelora": TreeLoraOptions,
 }

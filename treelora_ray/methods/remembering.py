@@ -30,7 +30,7 @@ class Remembering(Method):
         self.edited = 0  # steps of the unit whose gradient was changed
 
     def competing(self) -> list[int]:
-        return self.learner.head.of_tasks(range(len(self.learner.head.rows))) if self.memory else super().competing()
+        return self.learner.head.of_all() if self.memory else super().competing()
 
     def own_classes(self) -> Sequence[int] | None:
         return self.learner.unit if self.memory and self.learner.config.objective.ce_scope == "current" else None

@@ -33,7 +33,7 @@ class Replay(Method):
     def competing(self) -> list[int]:
         if not self.memory or not self.extra:
             return super().competing()
-        return self.learner.head.of_tasks(range(len(self.learner.head.rows)))
+        return self.learner.head.of_all()
 
     def own_classes(self) -> Sequence[int] | None:
         current = self.learner.config.objective.ce_scope == "current"

@@ -42,7 +42,7 @@ CAPTIONS = {
 }
 NOT_RECORDED = "not recorded"
 # Methods whose adapter goes on from task to task.
-ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd")
+ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
 
 
 def one_run(run: Run) -> str:

@@ -109,4 +109,4 @@ class Evaluator:
     def _classes(self, task: int) -> Sequence[int] | None:
         """Classes that compete in an answer: the route's own, or all seen where nothing is routed."""
         head = self.learner.head
-        return head.of_tasks(range(len(head.rows))) if self.routing == "last" else head.rows[task]
+        return head.of_all() if self.routing == "last" else head.rows[task]

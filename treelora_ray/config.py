@@ -504,4 +504,5 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def run_name(config: RunConfig) -> str:
     """The run's name, or one made of what it is."""
-    return config.name or f"{config.method.name}-{config.stream.source}-seed{config.seed}"
+    method = re.sub(r"[^A-Za-z0-9._-]", "-", config.method.name.replace("+", "p"))
+    return config.name or f"{method}-{config.stream.source}-seed{config.seed}"

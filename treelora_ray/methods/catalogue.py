@@ -1,6 +1,6 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import agem, derpp, ewc, gem, independent, joint, lwf, ogd, replay, seqlora, treelora
+from treelora_ray.methods import agem, derpp, ewc, gem, independent, joint, lwf, ogd, olora, replay, seqlora, treelora
 from treelora_ray.methods.base import METHODS, Method, make, register
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "lwf",
     "make",
     "ogd",
+    "olora",
     "register",
     "replay",
     "seqlora",

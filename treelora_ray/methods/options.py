@@ -19,7 +19,8 @@ class SeqLoraOptions(Options):
     """One adapter for all tasks, one after the other."""
 
     variant: Literal["continue", "merge_new"] = "continue"
-    """continue: one adapter goes on through all tasks. merge_new: after each task it is folded into the weights."""
+    """continue: one adapter goes on through all tasks. merge_new: after each task it is folded into the weights, and
+    another one is drawn for the next."""
 
 
 class IndependentOptions(Options):
@@ -126,6 +127,20 @@ class DerOptions(Options):
     """How many of them."""
 
 
+class OLoraOptions(Options):
+    """An adapter for each task, which reads directions that no earlier one reads; all of them answer together."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share = Field(default=0.5, alias="lambda")
+    """Strength of the penalty on products of the task's A with the A of earlier tasks; 0 turns it off."""
+    lambda_2: Share = 0.0
+    """Strength of a penalty on the length of each of the task's factors, not squared."""
+    norm: Literal["magnitudes", "squares"] = "magnitudes"
+    """Of the products' entries: the sum of magnitudes, as the published strength asks for, or of squares, as in the
+    paper's formula."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -176,5 +191,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "gem": GemOptions,
     "ogd": OgdOptions,
     "der++": DerOptions,
+    "o-lora": OLoraOptions,
     "treelora": TreeLoraOptions,
 }

@@ -36,6 +36,8 @@ class Method:
     """What a training step costs more than plain training."""
     reduces: ClassVar[str] = "gradient"
     """What workers add up or tell each other."""
+    routes: ClassVar[bool] = True
+    """Whether a task is inferred first, whose classes then answer; else classes of all tasks compete."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -64,6 +66,10 @@ class Method:
     def own_classes(self) -> Sequence[int] | None:
         """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""
         return None
+
+    def steps(self, planned: int) -> int:
+        """How many of the steps that the config plans for a unit it takes; 0: the unit is looked at, not trained on."""
+        return planned
 
     def before_stream(self) -> None:
         """A new run begins; not called where one goes on."""

@@ -1,6 +1,20 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import agem, derpp, ewc, gem, independent, joint, lwf, ogd, olora, replay, seqlora, treelora
+from treelora_ray.methods import (
+    agem,
+    derpp,
+    ewc,
+    gem,
+    independent,
+    joint,
+    lwf,
+    ncm,
+    ogd,
+    olora,
+    replay,
+    seqlora,
+    treelora,
+)
 from treelora_ray.methods.base import METHODS, Method, make, register
 
 __all__ = [
@@ -14,6 +28,7 @@ __all__ = [
     "joint",
     "lwf",
     "make",
+    "ncm",
     "ogd",
     "olora",
     "register",

@@ -242,6 +242,10 @@ class Learner:
             self.comm.sum_(sums.flat)
         return sums
 
+    def class_sums(self, task: int) -> ClassSums:
+        """Counts, sums and products of a task's features, class by class, through the adapter as it is."""
+        return self._sums(task, range(len(self.tasks[task].train)), self.features)
+
     def restart_head(self, refs: Sequence[Ref]) -> None:
         """The unit's rows of the head start at class means of features through the adapter as it is now.
 

@@ -141,6 +141,17 @@ class OLoraOptions(Options):
     paper's formula."""
 
 
+class NcmOptions(Options):
+    """Nothing is trained: a class is the mean of its features, and the nearest mean answers."""
+
+    score: Literal["cosine", "euclid", "mahalanobis"] = "cosine"
+    """What near means; mahalanobis has one covariance for all classes."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["oas"] = "oas"
+    """Mahalanobis: the share of the identity in the covariance; oas: estimated."""
+    features: Literal["frozen", "first_task"] = "frozen"
+    """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -192,5 +203,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "ogd": OgdOptions,
     "der++": DerOptions,
     "o-lora": OLoraOptions,
+    "ncm": NcmOptions,
     "treelora": TreeLoraOptions,
 }

@@ -213,7 +213,7 @@ def start_of(method: Mapping[str, Any]) -> str:
             "previous": "the task before",
             "fresh": "fresh",
         }[start]
-    known = {"independent": "fresh", "joint": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
+    known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
     if method.get("variant") == "merge_new" or method["name"] == "o-lora":
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

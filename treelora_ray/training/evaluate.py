@@ -32,6 +32,8 @@ class Evaluator:
     def __init__(self, method: Method, routing: str | None = None) -> None:
         self.method, self.learner = method, method.learner
         self.routing = routing or self.learner.config.objective.routing
+        if self.routing == "inferred" and not method.routes:
+            self.routing = "last"
         self.features: dict[int, torch.Tensor] = {}  # frozen features of test rows never change
 
     def score(self, number: int, task: Task) -> float:

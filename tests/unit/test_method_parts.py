@@ -55,6 +55,14 @@ def test_a_stream_that_a_method_cannot_learn_is_refused(tmp_path: Path) -> None:
     from_mapping({"method": {"name": "speechless"}, "objective": {"kind": "classification"}})
 
 
+@pytest.mark.parametrize("given", [(), ("clasification",), "classification"])
+def test_objectives_that_there_are_not_are_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"Wrong.objectives is .*: name one or more of .*causal-lm"):
+
+        class Wrong(Method):
+            objectives = given
+
+
 def test_every_method_says_what_it_learns_keeps_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
     from treelora_ray.cli import main
 

@@ -23,12 +23,13 @@ from treelora_ray.methods.options import METHOD_OPTIONS
 from treelora_ray.objectives.base import Batch
 
 METHODS: dict[str, type[Method]] = {}
+OBJECTIVES = ("classification", "causal-lm")
 HOOKS = ("before_stream", "before_task", "after_task", "before_step", "after_step")
 
 
 class Method:
     name: ClassVar[str] = ""
-    objectives: ClassVar[tuple[str, ...]] = ("classification", "causal-lm")
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
     """What it can be trained for; a stream of another kind is refused."""
     keeps: ClassVar[str] = "one adapter"
     """What is there after N tasks, beside the head."""
@@ -41,6 +42,8 @@ class Method:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
+        if not cls.objectives or not set(cls.objectives) <= set(OBJECTIVES):
+            raise TypeError(f"{cls.__name__}.objectives is {cls.objectives!r}: name one or more of {OBJECTIVES}")
         known = [hook for hook in HOOKS if hasattr(Method, hook)]
         for name in vars(cls):
             if name.startswith(("before_", "after_")) and name not in known:

@@ -29,7 +29,7 @@ class Ewc(Method):
     """(lambda / 2) sum_i F_i (theta_i - theta*_i)^2 is added to the mean loss: for each task, or once (online)."""
 
     keeps = "one adapter; importance and anchor of all that is trained, for each task (online: once)"
-    step_cost = "O(P) for each of them"
+    step_cost = "O(P) for each importance kept"
     reduces = "gradient; once a task the sums of squared gradients of rows"
 
     def __init__(self, learner: Learner, options: Options) -> None:

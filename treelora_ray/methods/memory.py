@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import insort
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -40,23 +39,24 @@ class Buffer:
 
     def __init__(self, seed: int, balanced: bool) -> None:
         self.seed, self.balanced = seed, balanced  # not balanced: all are one group
-        self.groups: dict[int, list[Ref]] = {}  # rows by falling key
+        self.groups: dict[int, list[tuple[int, Ref]]] = {}  # (minus the key, row), by falling key
 
-    def key(self, ref: Ref) -> tuple[int, Ref]:
-        return -number(f"{self.seed}/{ref}"), ref
+    def key(self, ref: Ref) -> int:
+        return number(f"{self.seed}/{ref}")
 
     def offer(self, rows: Iterable[tuple[Ref, int]], size: int) -> None:
         """Rows with their groups; of all that are there now, `size` stay."""
+        new: dict[int, set[tuple[int, Ref]]] = {}
         for ref, group in rows:
-            kept = self.groups.setdefault(group if self.balanced else 0, [])
-            if ref not in kept:
-                insort(kept, ref, key=self.key)
-        for group, share in shares({group: len(rows) for group, rows in self.groups.items()}, size).items():
+            new.setdefault(group if self.balanced else 0, set()).add((-self.key(ref), ref))
+        for group, more in new.items():
+            self.groups[group] = sorted(more.union(self.groups.get(group, [])))
+        for group, share in shares({group: len(kept) for group, kept in self.groups.items()}, size).items():
             del self.groups[group][share:]
 
     def rows(self) -> list[Ref]:
         """By group, in each by falling key."""
-        return [ref for group in sorted(self.groups) for ref in self.groups[group]]
+        return [ref for group in sorted(self.groups) for _, ref in self.groups[group]]
 
     def groups_of_rows(self) -> list[int]:
         return [group for group in sorted(self.groups) for _ in self.groups[group]]

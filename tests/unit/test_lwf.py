@@ -126,6 +126,17 @@ def test_the_teacher_is_asked_about_the_rows_at_hand_in_any_order(folders: dict[
     torch.testing.assert_close(made.taught(shuffled), made.taught(batch)[[5, 3, 4, 0, 2, 1]], rtol=1e-4, atol=1e-5)
 
 
+def test_each_batch_has_a_teacher_of_its_own(folders: dict[str, Path]) -> None:
+    """Logits kept by the number of the step would be those of other rows as soon as these are shuffled."""
+    made, batch, said = second_task(folders)
+    first = made.loss_terms(batch, said)
+    other = made.learner.fetch([(1, row) for row in range(8, 14)])
+    second = made.loss_terms(other, made.learner.objective.loss(other)[1])
+    assert first is not None
+    assert second is not None
+    assert abs(float(second.detach())) < 1e-5, "the model is still what it was"
+
+
 def test_old_classes_alone_are_distilled_and_their_rows_of_the_head_are_trained(folders: dict[str, Path]) -> None:
     made, batch, _ = second_task(folders)
     learner = made.learner

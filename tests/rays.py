@@ -34,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "paper": {"mode": "paper"},
     "released": {"mode": "released"},
     "seqlora": {"name": "seqlora"},
+    "ewc": {"name": "ewc"},
+    "derpp": {"name": "der++", "memory": 9, "replay_batch": 4},
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from treelora_ray.config import RunConfig, from_mapping
 from treelora_ray.data.rows import MemoryRows
@@ -16,6 +17,7 @@ from treelora_ray.methods.catalogue import make
 from treelora_ray.methods.comm import Comm
 from treelora_ray.methods.learner import Learner
 from treelora_ray.models.backbone import load_model
+from treelora_ray.training.loop import begin_task, end_task, train_task
 
 
 def images(task: int, rows: int, seed: int, classes: int = 2) -> MemoryRows:
@@ -57,3 +59,38 @@ def config(backbone: Path, method: str | Mapping[str, Any] = "treelora", **secti
 
 def method(made: RunConfig, comm: Comm | None = None, kind: str = "image") -> Method:
     return make(Learner(made, load_model(made.model, kind, made.seed), comm))
+
+
+def prompts(tasks: int = 2, rows: int = 12) -> TaskStream:
+    """Each task asks something of its own of two words, and has an answer for each."""
+    asked = [("what colour is", ["red", "blue"]), ("sum of one and", ["two", "three"]), ("is the book", ["yes", "no"])]
+    made = []
+    for number in range(tasks):
+        ask, answers = asked[number % 3]
+        columns: dict[str, list[Any]] = {
+            "prompt": [f"{ask} {word}" for word in ("good", "bad")] * (rows // 2),
+            "answer": [answers[0], f"{answers[1]} film"] * (rows // 2),
+        }
+        made.append(Task(f"p{number}", MemoryRows(columns), MemoryRows(columns)))
+    return TaskStream(tuple(made), "prompt")
+
+
+def ready(
+    backbone: Path, options: str | Mapping[str, Any], tasks: int = 3, kind: str = "image", **sections: Any
+) -> Method:
+    """A method before the first task of a stream."""
+    if kind == "prompt":
+        sections = {"model": {"max_length": 32}, **sections}
+    found = method(config(backbone, options, **sections), kind=kind)
+    found.learner.tasks = (prompts if kind == "prompt" else stream)(tasks).tasks
+    return found
+
+
+def learn(made: Method, *tasks: int) -> list[Tensor]:
+    """Learns tasks; theta after each step."""
+    thetas: list[Tensor] = []
+    for task in tasks:
+        begin_task(made, (task,))
+        train_task(made, 0, lambda *_: thetas.append(made.learner.theta.clone()), lambda _: None)
+        end_task(made)
+    return thetas

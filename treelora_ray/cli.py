@@ -294,9 +294,18 @@ def figures(
 
 @app.command()
 def methods() -> None:
-    """All methods and their options."""
+    """All methods: what each learns, keeps and costs, and its options."""
+    from rich.table import Table
+
+    from treelora_ray.methods.catalogue import METHODS
     from treelora_ray.methods.options import METHOD_OPTIONS
 
+    table = Table(pad_edge=False)
+    for title in ("method", "learns", "kept after N tasks", "extra per step", "added up over workers"):
+        table.add_column(title)
+    for name, method in METHODS.items():
+        table.add_row(name, "\n".join(method.objectives), method.keeps, method.step_cost, method.reduces)
+    _console().print(table)
     for name, options in METHOD_OPTIONS.items():
         typer.echo(f"{name}: {(options.__doc__ or '').strip()}")
         for key, field in options.model_fields.items():

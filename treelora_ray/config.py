@@ -473,7 +473,21 @@ def _conflicts(config: RunConfig) -> list[str]:
         )
     if config.tracking.register_as and not config.tracking.model:
         wrong.append("tracking.register names a model, but tracking.model is false: leave one of them out")
-    return wrong + _guide_conflicts(config)
+    return wrong + _objective_conflicts(config) + _guide_conflicts(config)
+
+
+def _objective_conflicts(config: RunConfig) -> list[str]:
+    """Whether the method can be trained for the objective; asked here only where one is named, since it loads torch.
+
+    Where none is named the data say it, and the method refuses them when the run begins.
+    """
+    if config.objective.kind == "auto":
+        return []
+    from treelora_ray.methods.base import unfit
+    from treelora_ray.methods.catalogue import METHODS
+
+    said = unfit(config.method.name, config.objective.kind) if config.method.name in METHODS else None
+    return [said] if said else []
 
 
 def _guide_conflicts(config: RunConfig) -> list[str]:
@@ -512,4 +526,5 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 def run_name(config: RunConfig) -> str:
     """The run's name, or one made of what it is."""
-    return config.name or f"{config.method.name}-{config.stream.source}-seed{config.seed}"
+    method = re.sub(r"[^A-Za-z0-9._-]", "-", config.method.name.replace("+", "p"))
+    return config.name or f"{method}-{config.stream.source}-seed{config.seed}"

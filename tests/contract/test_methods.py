@@ -32,6 +32,17 @@ VARIANTS: dict[str, Options] = {
     "independent": {"name": "independent"},
     "joint": {"name": "joint"},
     "replay": {"name": "replay", "memory": 9, "replay_batch": 3},
+    "ewc": {"name": "ewc"},
+    "ewc-online": {"name": "ewc", "online": True, "gamma": 0.5, "fisher": "sampled", "rows": 9},
+    "lwf": {"name": "lwf"},
+    "agem": {"name": "agem", "memory": 7, "memory_batch": 5},
+    "gem": {"name": "gem", "memory": 7},
+    "ogd": {"name": "ogd", "memory": 7},
+    "der++": {"name": "der++", "memory": 9, "replay_batch": 4, "top_k": 5},
+    "der++-past": {"name": "der++", "memory": 9, "scope": "past", "shared_draw": True, "logits_at": "task_end"},
+    "o-lora": {"name": "o-lora", "lambda_2": 0.01},
+    "ncm": {"name": "ncm"},
+    "ncm-first": {"name": "ncm", "features": "first_task", "score": "mahalanobis"},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -42,11 +53,22 @@ VARIANTS: dict[str, Options] = {
     "paper-query": {"name": "treelora", "mode": "paper", "guide": {"observe": "query"}},
     "released": {"name": "treelora", "mode": "released"},
 }
+TRAINED = {"ncm": 0, "ncm-first": 1}  # tasks that are trained on; of the others all
+# Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
+TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm"}
 ALL = pytest.mark.parametrize("variant", list(VARIANTS))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
     "replay, no rows": ({"name": "replay", "replay_batch": 0}, {"name": "seqlora"}),
     "replay, no memory": ({"name": "replay", "memory": 0}, {"name": "seqlora"}),
+    "ewc": ({"name": "ewc", "lambda": 0}, {"name": "seqlora"}),
+    "lwf": ({"name": "lwf", "lambda": 0}, {"name": "seqlora"}),
+    "agem": ({"name": "agem", "memory": 0}, {"name": "seqlora"}),
+    "gem": ({"name": "gem", "memory": 0}, {"name": "seqlora"}),
+    "ogd": ({"name": "ogd", "memory": 0}, {"name": "seqlora"}),
+    "der++": ({"name": "der++", "alpha": 0, "beta": 0}, {"name": "seqlora"}),
+    "der++, no memory": ({"name": "der++", "memory": 0}, {"name": "seqlora"}),
+    "o-lora": ({"name": "o-lora", "lambda": 0}, {"name": "seqlora", "variant": "merge_new"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},
@@ -67,6 +89,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.llama(tmp_path_factory.mktemp("llama"))
+
+
 class Recorder(StreamRun):
     """Keeps theta after every step."""
 
@@ -81,11 +108,18 @@ class Recorder(StreamRun):
 
 
 def recorder(
-    folder: Path, backbone: Path, options: Mapping[str, Any], tasks: int = 3, comm: Any = None, **sections: Any
+    folder: Path,
+    backbone: Path,
+    options: Mapping[str, Any],
+    tasks: int = 3,
+    comm: Any = None,
+    kind: str = "image",
+    **sections: Any,
 ) -> Recorder:
     folder.mkdir(parents=True, exist_ok=True)
     made = toys.config(backbone, options, **sections)
-    found = Recorder(made, toys.stream(tasks), toys.method(made, comm), folder)
+    stream = toys.prompts(tasks) if kind == "prompt" else toys.stream(tasks)
+    found = Recorder(made, stream, toys.method(made, comm, kind), folder)
     found.thetas = []
     return found
 
@@ -112,7 +146,7 @@ def test_u1_coefficients_of_zero_leave_plain_training_bit_for_bit(case: str, tmp
 
 def test_coefficients_above_zero_do_change_the_training(tmp_path: Path, backbone: Path) -> None:
     plain = {name: learnt(tmp_path / name, backbone, {"name": name}).thetas[-1] for name in ("seqlora", "independent")}
-    for name in set(VARIANTS) - {"seqlora", "seqlora-merge", "independent", "joint"}:
+    for name in set(VARIANTS) - {"seqlora", "seqlora-merge", "independent", "joint", *TRAINED}:
         # The warm-up of mode paper is ten steps.
         more = {"train": {"epochs": 5}} if name.startswith("paper") else {}
         if more:
@@ -127,9 +161,9 @@ def test_u2_the_backbone_is_never_changed(variant: str, tmp_path: Path, backbone
     made = recorder(tmp_path, backbone, VARIANTS[variant])
     before = backbone_digest(made.learner.model)
     made.go()
-    with made.method.plain():  # merge_new folds adapters into the weights, and gives the loaded ones back here
+    with made.method.plain():  # some fold adapters into the weights, and give the loaded ones back here
         assert backbone_digest(made.learner.model) == before
-    assert (backbone_digest(made.learner.model) == before) == (variant != "seqlora-merge")
+    assert (backbone_digest(made.learner.model) == before) == (variant not in ("seqlora-merge", "o-lora"))
 
 
 @ALL
@@ -141,7 +175,7 @@ def test_u3_what_is_kept_of_earlier_tasks_is_frozen(variant: str, tmp_path: Path
     head = made.learner.head.weight.clone()
     kept = made.method.bank[0] if made.method.bank is not None else None
     made._learn(made.units[1])
-    if variant != "replay":  # whose memory trains the rows of past tasks
+    if VARIANTS[variant]["name"] not in TRAINS_OLD_ROWS:
         assert torch.equal(made.learner.head.weight[:2], head)
     if kept is not None:
         assert made.method.bank is not None
@@ -181,21 +215,25 @@ class Together:
         return Comm()
 
 
-@ALL
-def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, backbone: Path) -> None:
-    alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2)
-    group = Together(4)
-    workers = [
-        recorder(tmp_path / "four", backbone, VARIANTS[variant], tasks=2, comm=group.comm(rank)) for rank in range(4)
-    ]
+def by_workers(count: int, folder: Path, backbone: Path, options: Options, **keywords: Any) -> list[Recorder]:
+    group = Together(count)
+    workers = [recorder(folder, backbone, options, comm=group.comm(rank), **keywords) for rank in range(count)]
     threads = [threading.Thread(target=worker.go, daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert [len(worker.thetas) for worker in workers] == [12] * 4
+    return workers
+
+
+@ALL
+def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, backbone: Path) -> None:
+    alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2)
+    workers = by_workers(4, tmp_path / "four", backbone, VARIANTS[variant], tasks=2)
+    assert [len(worker.thetas) for worker in workers] == [6 * min(2, TRAINED.get(variant, 2))] * 4
     for worker in workers:
         assert worker.scores == alone.scores
+        torch.testing.assert_close(worker.learner.head.weight, alone.learner.head.weight, rtol=1e-3, atol=1e-5)
         for own, theirs in zip(alone.thetas, worker.thetas, strict=True):
             torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 
@@ -223,8 +261,11 @@ def stops() -> Iterator[Any]:
     """Each variant stopped at some step of its own, in the middle of a task and at the end of one."""
     draw = np.random.default_rng(5)
     for variant in VARIANTS:
-        yield pytest.param(variant, int(draw.integers(7, 17)), id=f"{variant}-any")
-        yield pytest.param(variant, 12, id=f"{variant}-boundary")
+        tasks = TRAINED.get(variant, 3)
+        if tasks:
+            first, last = (7, 17) if tasks > 1 else (1, 6)
+            yield pytest.param(variant, int(draw.integers(first, last)), id=f"{variant}-any")
+            yield pytest.param(variant, 12 if tasks > 1 else 6, id=f"{variant}-boundary")
 
 
 @pytest.mark.parametrize(("variant", "at"), list(stops()))
@@ -241,6 +282,33 @@ def test_u5_a_resumed_run_is_the_uninterrupted_one(variant: str, at: int, tmp_pa
     for own, theirs in zip(whole.thetas, stopped.thetas + resumed.thetas, strict=True):
         assert torch.equal(own, theirs)
     assert_same(whole, resumed)
+
+
+LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}}
+
+
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if "causal-lm" in METHODS[VARIANTS[name]["name"]].objectives]
+)
+def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
+    variant: str, tmp_path: Path, llama: Path
+) -> None:
+    options = VARIANTS[variant]
+    same: dict[str, Any] = {"tasks": 2, "kind": "prompt", **LANGUAGE}
+    whole = learnt(tmp_path / "whole", llama, options, **same)
+    stopped = recorder(tmp_path / "parts", llama, options, **same)
+    stopped.stop_after = len(whole.thetas) - 1
+    with pytest.raises(Stopped):
+        stopped.go()
+    resumed = recorder(tmp_path / "parts", llama, options, **same)
+    assert resumed.resume()
+    resumed.go()
+    assert torch.equal(whole.thetas[-1], resumed.thetas[-1])
+    assert_same(whole, resumed)
+    for worker in by_workers(2, tmp_path / "two", llama, options, **same):
+        assert len(worker.thetas) == len(whole.thetas)
+        for own, theirs in zip(whole.thetas, worker.thetas, strict=True):
+            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 
 
 class CrashError(Exception):

@@ -15,6 +15,7 @@ import torch
 
 from tests.slow.test_mutations import MUTATIONS
 from treelora_ray.core.config import MODES, GuideConfig
+from treelora_ray.methods.options import METHOD_OPTIONS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -153,6 +154,15 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / link.path).resolve() if link.path else page
         assert there.exists(), target
         assert not link.fragment or link.fragment in anchors(there), target
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
+def test_the_page_of_a_method_has_all_its_settings_and_what_it_costs(page: Path) -> None:
+    options = METHOD_OPTIONS[page.stem]
+    known = {field.alias or key for key, field in options.model_fields.items() if key != "name"}
+    assert set(re.findall(r"`method\.(\w+)`", section(page, "## Settings"))) == known
+    assert section(page, "## When").strip()
+    assert section(page, "## Cost").strip()
 
 
 def test_every_golden_number_names_defects_that_the_slow_tier_puts_in_for_its_test() -> None:

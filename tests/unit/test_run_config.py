@@ -112,6 +112,7 @@ def test_the_digest_is_that_of_what_results_depend_on() -> None:
 def test_a_run_is_named_after_what_it_is() -> None:
     assert run_name(from_mapping({"seed": 3, "method": {"name": "joint"}})) == "joint-digits-seed3"
     assert run_name(from_mapping({"name": "mine"})) == "mine"
+    assert run_name(from_mapping({"method": {"name": "der++"}})) == "derpp-digits-seed0"
 
 
 def test_every_key_says_what_it_is() -> None:

@@ -16,21 +16,34 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from treelora_ray.config import Options
+from treelora_ray.config import ConfigError, Options
 from treelora_ray.core.merge import AdapterBank
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import METHOD_OPTIONS
 from treelora_ray.objectives.base import Batch
 
 METHODS: dict[str, type[Method]] = {}
+OBJECTIVES = ("classification", "causal-lm")
 HOOKS = ("before_stream", "before_task", "after_task", "before_step", "after_step")
 
 
 class Method:
     name: ClassVar[str] = ""
+    objectives: ClassVar[tuple[str, ...]] = OBJECTIVES
+    """What it can be trained for; a stream of another kind is refused."""
+    keeps: ClassVar[str] = "one adapter"
+    """What is there after N tasks, beside the head."""
+    step_cost: ClassVar[str] = "none"
+    """What a training step costs more than plain training."""
+    reduces: ClassVar[str] = "gradient"
+    """What workers add up or tell each other."""
+    routes: ClassVar[bool] = True
+    """Whether a task is inferred first, whose classes then answer; else classes of all tasks compete."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
+        if not cls.objectives or not set(cls.objectives) <= set(OBJECTIVES):
+            raise TypeError(f"{cls.__name__}.objectives is {cls.objectives!r}: name one or more of {OBJECTIVES}")
         known = [hook for hook in HOOKS if hasattr(Method, hook)]
         for name in vars(cls):
             if name.startswith(("before_", "after_")) and name not in known:
@@ -51,11 +64,15 @@ class Method:
         learner = self.learner
         if learner.config.objective.ce_scope == "current":
             return learner.head.of_tasks(learner.unit)
-        return learner.head.of_tasks(range(len(learner.head.rows)))
+        return learner.head.of_all()
 
     def own_classes(self) -> Sequence[int] | None:
         """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""
         return None
+
+    def steps(self, planned: int) -> int:
+        """How many of the steps that the config plans for a unit it takes; 0: the unit is looked at, not trained on."""
+        return planned
 
     def before_stream(self) -> None:
         """A new run begins; not called where one goes on."""
@@ -141,4 +158,15 @@ def register(name: str, options: type[Options] | None = None) -> Callable[[M], M
 def make(learner: Learner) -> Method:
     """The method that a learner's config names."""
     options = learner.config.method
+    if said := unfit(options.name, learner.objective.kind):
+        raise ConfigError(said)
     return METHODS[options.name](learner, options)
+
+
+def unfit(name: str, objective: str) -> str | None:
+    """In words, why a method cannot be trained for an objective; None where it can."""
+    can = METHODS[name].objectives
+    if objective in can:
+        return None
+    others = ", ".join(other for other, method in METHODS.items() if objective in method.objectives)
+    return f"method.name {name!r} learns {' and '.join(can)} only, not {objective}: use one of {others}"

@@ -1,6 +1,38 @@
 """All methods that come with the package, by name."""
 
-from treelora_ray.methods import independent, joint, replay, seqlora, treelora
+from treelora_ray.methods import (
+    agem,
+    derpp,
+    ewc,
+    gem,
+    independent,
+    joint,
+    lwf,
+    ncm,
+    ogd,
+    olora,
+    replay,
+    seqlora,
+    treelora,
+)
 from treelora_ray.methods.base import METHODS, Method, make, register
 
-__all__ = ["METHODS", "Method", "independent", "joint", "make", "register", "replay", "seqlora", "treelora"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "agem",
+    "derpp",
+    "ewc",
+    "gem",
+    "independent",
+    "joint",
+    "lwf",
+    "make",
+    "ncm",
+    "ogd",
+    "olora",
+    "register",
+    "replay",
+    "seqlora",
+    "treelora",
+]

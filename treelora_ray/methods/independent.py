@@ -12,6 +12,8 @@ from treelora_ray.methods.learner import Learner
 
 @register("independent")
 class Independent(Method):
+    keeps = "an adapter for each task"
+
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         self.bank: AdapterBank = AdapterBank(learner.layout)

@@ -7,5 +7,7 @@ from treelora_ray.methods.base import Method, register
 
 @register("joint")
 class Joint(Method):
+    keeps = "one adapter; needs all rows at once"
+
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         return [tuple(range(tasks))] if tasks else []

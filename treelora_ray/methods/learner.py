@@ -148,13 +148,16 @@ class Learner:
 
     @contextmanager
     def holding(self, adapter: Tensor) -> Iterator[None]:
-        """The model answers through this adapter [total], then through its own again."""
+        """The model answers through this adapter [total], then through its own again.
+
+        Autograd does not hear of it: what was said before is differentiated after, when the own values are back.
+        """
         own = self.adapter.clone()
-        self.adapter.copy_(adapter)
+        self.adapter.data.copy_(adapter)
         try:
             yield
         finally:
-            self.adapter.copy_(own)
+            self.adapter.data.copy_(own)
 
     # -- the optimizer
 
@@ -271,6 +274,10 @@ class Learner:
                 self.effort.pass_rows += count
             self.comm.sum_(sums.flat)
         return sums
+
+    def class_sums(self, task: int) -> ClassSums:
+        """Counts, sums and products of a task's features, class by class, through the adapter as it is."""
+        return self._sums(task, range(len(self.tasks[task].train)), self.features)
 
     def restart_head(self, refs: Sequence[Ref]) -> None:
         """The unit's rows of the head start at class means of features through the adapter as it is now.

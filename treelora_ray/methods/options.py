@@ -19,7 +19,8 @@ class SeqLoraOptions(Options):
     """One adapter for all tasks, one after the other."""
 
     variant: Literal["continue", "merge_new"] = "continue"
-    """continue: one adapter goes on through all tasks. merge_new: after each task it is folded into the weights."""
+    """continue: one adapter goes on through all tasks. merge_new: after each task it is folded into the weights, and
+    another one is drawn for the next."""
 
 
 class IndependentOptions(Options):
@@ -37,6 +38,118 @@ class ReplayOptions(Options):
     """Rows of past tasks kept, drawn uniformly from all rows seen."""
     replay_batch: Annotated[int, Field(ge=0)] = 8
     """Rows from the memory that are added to each step."""
+
+
+class EwcOptions(Options):
+    """One adapter; what mattered to earlier tasks is held near where they left it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share | None = Field(default=None, alias="lambda")
+    """Strength: half of it times importance times the square of the displacement is added to the loss; 0 turns it off.
+    Left out: 50 in classification, 400 for language models."""
+    online: bool = False
+    """One importance and one anchor for all tasks, renewed after each, in place of one of each for every task."""
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Online: what is left of the earlier importance after each task."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Importance is the mean squared gradient of log p(y | x): y as labelled, or drawn from the model (of an answer:
+    each token, given those that stand before it)."""
+    rows: Positive | None = None
+    """Rows of a task over which that mean is taken, drawn by the seed; all where it is left out."""
+
+
+class LwfOptions(Options):
+    """One adapter; what the model said of old classes before a task, it is to say still."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share = Field(default=1.0, alias="lambda")
+    """Strength of the distillation; 0 turns it off."""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Both sides' logits are divided by it; the term is multiplied by its square."""
+
+
+class GemOptions(Options):
+    """One adapter; no step may raise the loss on what is remembered of any earlier task, to first order."""
+
+    memory: Annotated[int, Field(ge=0)] = 100
+    """Rows remembered of each task, drawn uniformly by the seed."""
+    margin: Share | None = None
+    """Least multiplier of each earlier task's gradient where a step is edited. Left out: 0.05 in classification, 0.5
+    for language models."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-3
+    """Added to the diagonal of the gradients' products, relative to its mean."""
+
+
+class AgemOptions(Options):
+    """One adapter; no step may raise the loss on a few remembered rows of all earlier tasks, to first order."""
+
+    memory: Annotated[int, Field(ge=0)] = 100
+    """Rows remembered of each task, drawn uniformly by the seed."""
+    memory_batch: Positive | None = None
+    """Remembered rows a step looks at; as many as `train.batch` where it is left out."""
+
+
+class OgdOptions(Options):
+    """One adapter; steps keep to what is orthogonal to the gradients of earlier tasks' logits."""
+
+    memory: Annotated[int, Field(ge=0)] = 150
+    """Rows of each task whose gradients are kept, drawn uniformly by the seed."""
+
+
+class DerOptions(Options):
+    """One adapter, and a memory of past rows with what the model said of them, which it is to say still."""
+
+    alpha: Share = 0.3
+    """Weight of the squared difference from what was said of remembered rows."""
+    beta: Share = 0.5
+    """Weight of the loss on remembered rows."""
+    memory: Annotated[int, Field(ge=0)] | None = None
+    """Rows remembered in all; 100 for each task of the stream where it is left out."""
+    policy: Literal["balanced", "reservoir"] = "balanced"
+    """balanced: each class (task, for language models) has an equal share. reservoir: each row has an equal chance."""
+    replay_batch: Positive | None = None
+    """Remembered rows a step looks at, for each of the two terms; as many as `train.batch` where it is left out."""
+    shared_draw: bool = False
+    """One draw for both terms, in place of one each: a forward and backward pass less."""
+    scope: Literal["all", "past"] = "all"
+    """all: rows of the task in progress are replayed too. past: of finished tasks alone."""
+    refresh: Literal["last", "first"] = "last"
+    """What was said of a row is that of its last presentation, or of its first."""
+    logits_at: Literal["presentation", "task_end"] = "presentation"
+    """presentation: rows are offered to the memory as they are trained on, with what the model said then. task_end: all
+    rows when their task is learnt, with one pass over them."""
+    lm_logits: Literal["topk", "off"] = "topk"
+    """Language models: log-probabilities of the likeliest tokens at each place of an answer are kept, or nothing, which
+    leaves replay."""
+    top_k: Positive = 32
+    """How many of them."""
+
+
+class OLoraOptions(Options):
+    """An adapter for each task, which reads directions that no earlier one reads; all of them answer together."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Share = Field(default=0.5, alias="lambda")
+    """Strength of the penalty on products of the task's A with the A of earlier tasks; 0 turns it off."""
+    lambda_2: Share = 0.0
+    """Strength of a penalty on the length of each of the task's factors, not squared."""
+    norm: Literal["magnitudes", "squares"] = "magnitudes"
+    """Of the products' entries: the sum of magnitudes, as the published strength asks for, or of squares, as in the
+    paper's formula."""
+
+
+class NcmOptions(Options):
+    """Nothing is trained: a class is the mean of its features, and the nearest mean answers."""
+
+    score: Literal["cosine", "euclid", "mahalanobis"] = "cosine"
+    """What near means; mahalanobis has one covariance for all classes."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["oas"] = "oas"
+    """Mahalanobis: the share of the identity in the covariance; oas: estimated."""
+    features: Literal["frozen", "first_task"] = "frozen"
+    """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
 class TreeLoraOptions(Options):
@@ -83,5 +196,13 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "independent": IndependentOptions,
     "joint": JointOptions,
     "replay": ReplayOptions,
+    "ewc": EwcOptions,
+    "lwf": LwfOptions,
+    "agem": AgemOptions,
+    "gem": GemOptions,
+    "ogd": OgdOptions,
+    "der++": DerOptions,
+    "o-lora": OLoraOptions,
+    "ncm": NcmOptions,
     "treelora": TreeLoraOptions,
 }

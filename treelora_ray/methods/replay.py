@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from treelora_ray.config import Options
-from treelora_ray.data.batches import permuted
+from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import ReplayOptions
@@ -20,17 +19,23 @@ from treelora_ray.methods.options import ReplayOptions
 class Replay(Method):
     """The memory holds the numbers of its rows; the rows themselves stay where the stream keeps them."""
 
+    keeps = "one adapter, the numbers of `memory` rows"
+    step_cost = "forward/backward of `replay_batch` rows"
+
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         assert isinstance(options, ReplayOptions)
         self.size, self.extra = options.memory, options.replay_batch
-        self.memory: list[Ref] = []
-        self.seen = 0  # rows of finished tasks
+        self.buffer = memory.Buffer(learner.config.seed, balanced=False)
+
+    @property
+    def memory(self) -> list[Ref]:
+        return self.buffer.rows()
 
     def competing(self) -> list[int]:
         if not self.memory or not self.extra:
             return super().competing()
-        return self.learner.head.of_tasks(range(len(self.learner.head.rows)))
+        return self.learner.head.of_all()
 
     def own_classes(self) -> Sequence[int] | None:
         current = self.learner.config.objective.ce_scope == "current"
@@ -39,34 +44,18 @@ class Replay(Method):
     def rows(self, step: int, drawn: list[Ref]) -> list[Ref]:
         if not self.memory or not self.extra:
             return drawn
-        # Every worker draws the same rows, wherever training was resumed: the memory is gone through again and
-        # again in a new order each time.
-        count = len(self.memory)
-        places = np.arange(step * self.extra, (step + 1) * self.extra)
-        key = f"{self.learner.config.seed}/{self.learner.unit_name}/replay"
-        chosen = [int(permuted(np.array([p % count]), count, f"{key}/{p // count}")[0]) for p in places]
-        return drawn + [self.memory[place] for place in chosen]
+        known, key = self.memory, f"{self.learner.config.seed}/{self.learner.unit_name}/replay"
+        return drawn + [known[place] for place in memory.walk(len(known), self.extra, step, key)]
 
     def after_task(self) -> None:
-        """Reservoir sampling: each row seen so far is in the memory with the same probability."""
-        learner = self.learner
-        for task in learner.unit:
-            rows = len(learner.tasks[task].train)
-            draw = np.random.default_rng([learner.config.seed, self.seen])
-            places = draw.integers(0, np.arange(self.seen, self.seen + rows) + 1)
-            for row, place in enumerate(places.tolist()):
-                if len(self.memory) < self.size:
-                    self.memory.append((task, row))
-                elif place < self.size:
-                    self.memory[place] = (task, row)
-            self.seen += rows
+        """Each row seen so far is in the memory with the same probability."""
+        for task in self.learner.unit:
+            rows = range(len(self.learner.tasks[task].train))
+            self.buffer.offer([((task, row), 0) for row in rows], self.size)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"memory": torch.tensor(self.memory, dtype=torch.long).view(-1, 2)}
 
-    def to_json(self) -> dict[str, Any]:
-        return {"seen": self.seen}
-
-    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
-        self.memory = [(task, row) for task, row in tensors["memory"].tolist()]
-        self.seen = data["seen"]
+    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:  # noqa: ARG002
+        rows = [(task, row) for task, row in tensors["memory"].tolist()]
+        self.buffer.offer([(row, 0) for row in rows], len(rows))

@@ -61,6 +61,10 @@ def guide_settings(options: Options, seed: int) -> GuideConfig:
 
 @register("treelora")
 class TreeLora(Method):
+    keeps = "an adapter for each task, or a budget; a signature for each task"
+    step_cost = "the pull: a few operations on the adapter; with observe query 1 + (tasks named) forward/backward"
+    reduces = "gradient, probe gradients; what the guide says is told by worker 0"
+
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         assert isinstance(options, TreeLoraOptions)

@@ -75,6 +75,18 @@ class Model:
         for name in self.layers:
             self.linear_with_adapter(name).lora_dropout.train(mode)
 
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within it no dropout, whatever it was before."""
+        dropouts = [self.linear_with_adapter(name).lora_dropout for name in self.layers]
+        before = [dropout.training for dropout in dropouts]
+        self.train(False)
+        try:
+            yield
+        finally:
+            for dropout, mode in zip(dropouts, before, strict=True):
+                dropout.train(mode)
+
     def linear_with_adapter(self, name: str) -> Any:
         return self.net.base_model.model.get_submodule(name)
 

@@ -47,6 +47,10 @@ class Head:
         """The rows of several tasks together, ascending."""
         return sorted({row for task in tasks for row in self.rows[task]})
 
+    def of_all(self) -> list[int]:
+        """The rows of all tasks, ascending."""
+        return self.of_tasks(range(len(self.rows)))
+
     def restart(self, task: int, means: Tensor) -> None:
         """A task's rows start again, at means [C_t, d] of features that its adapter has changed."""
         index = torch.tensor(self.rows[task], device=self.weight.device)

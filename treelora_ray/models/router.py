@@ -69,16 +69,8 @@ class Router:
 
     def covariance(self) -> Tensor:
         """[d, d] within classes, shrunk towards a multiple of the identity."""
-        width, n = self.width, max(self.count, 1.0)
-        raw = self.scatter / n
-        trace, square = float(raw.trace()), float(raw.square().sum())
-        if trace <= 0:
-            return torch.eye(width, dtype=torch.float64, device=self.device)
-        below = (n + 1 - 2 / width) * (square - trace**2 / width)
-        share = min(1.0, ((1 - 2 / width) * square + trace**2) / below) if below > 0 else 1.0
-        floor = 1e-6 * trace / width  # features that never vary leave the shrunk matrix singular no more
-        eye = torch.eye(width, dtype=torch.float64, device=self.device)
-        return (1 - share) * raw + (share * trace / width + floor) * eye
+        n = max(self.count, 1.0)
+        return shrunk(self.scatter / n, n)
 
     def route(self, features: Tensor) -> Tensor:
         """features [B, d] -> tasks [B]."""
@@ -96,3 +88,18 @@ class Router:
         self.means, self.task = tensors["means"].to(self.device), tensors["task"].to(self.device)
         self.scatter, self.count = tensors["scatter"].to(self.device), float(tensors["count"])
         self._rule = None
+
+
+def shrunk(raw: Tensor, n: float, share: float | None = None) -> Tensor:
+    """[d, d] a covariance of n values, moved by a share towards a multiple of the identity; left out: OAS's share."""
+    width = len(raw)
+    trace, square = float(raw.trace()), float(raw.square().sum())
+    eye = torch.eye(width, dtype=raw.dtype, device=raw.device)
+    if trace <= 0:
+        return eye
+    floor = 0.0
+    if share is None:
+        below = (n + 1 - 2 / width) * (square - trace**2 / width)
+        share = min(1.0, ((1 - 2 / width) * square + trace**2) / below) if below > 0 else 1.0
+        floor = 1e-6 * trace / width  # features that never vary leave the shrunk matrix singular no more
+    return (1 - share) * raw + (share * trace / width + floor) * eye

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -38,11 +38,13 @@ class Batch:
 class Objective(Protocol):
     """The loss of a batch is a sum, so that means may be taken over any number of batches and workers."""
 
+    kind: ClassVar[str]  # as `objective.kind` says it
+
     def batch(self, rows: Columns, tasks: Sequence[int]) -> Batch:
         """Rows of the tasks (numbers, one a row), ready for the model."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """The sum of the batch's losses, and what the model said (for further terms)."""
+        """The sum of the batch's losses, and what the model said (for further terms), its logits before any mask."""
 
     def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:
         """The mean loss at the anchor, where there is no trained head yet; `means` [n, d] of the classes."""

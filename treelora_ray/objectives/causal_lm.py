@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,6 +14,8 @@ from treelora_ray.objectives.base import Batch, Columns
 
 
 class CausalLM:
+    kind: ClassVar[str] = "causal-lm"
+
     def __init__(self, model: CausalModel, max_new_tokens: int, precision: str = "fp32") -> None:
         self.model, self.max_new_tokens, self.precision = model, max_new_tokens, precision
 

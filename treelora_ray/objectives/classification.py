@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,6 +17,8 @@ ANCHOR_SCALE = 10.0  # of the cosine logits at the anchor
 
 
 class Classification:
+    kind: ClassVar[str] = "classification"
+
     def __init__(self, model: Model, head: Head, infos: Sequence[TaskInfo], precision: str = "fp32") -> None:
         self.model, self.head, self.infos, self.precision = model, head, infos, precision
         self.classes: list[int] = []  # rows of the head that are trained now
@@ -57,10 +59,9 @@ class Classification:
             features = self.model.features(batch.inputs)
         end = len(self.classes) * self.model.width
         logits = F.linear(features.float(), self.flat[:end].view(-1, self.model.width), self.flat[end:])
-        if batch.allowed is not None:
-            logits = logits.masked_fill(~batch.allowed, float("-inf"))
+        compared = logits if batch.allowed is None else logits.masked_fill(~batch.allowed, float("-inf"))
         assert batch.targets is not None
-        return F.cross_entropy(logits, batch.targets, reduction="sum"), {"features": features, "logits": logits}
+        return F.cross_entropy(compared, batch.targets, reduction="sum"), {"features": features, "logits": logits}
 
     def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:
         """Cosine logits between features and the class means [n, d], in the order of the competing classes."""

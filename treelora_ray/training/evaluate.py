@@ -32,6 +32,8 @@ class Evaluator:
     def __init__(self, method: Method, routing: str | None = None) -> None:
         self.method, self.learner = method, method.learner
         self.routing = routing or self.learner.config.objective.routing
+        if self.routing == "inferred" and not method.routes:
+            self.routing = "last"
         self.features: dict[int, torch.Tensor] = {}  # frozen features of test rows never change
 
     def score(self, number: int, task: Task) -> float:
@@ -109,4 +111,4 @@ class Evaluator:
     def _classes(self, task: int) -> Sequence[int] | None:
         """Classes that compete in an answer: the route's own, or all seen where nothing is routed."""
         head = self.learner.head
-        return head.of_tasks(range(len(head.rows))) if self.routing == "last" else head.rows[task]
+        return head.of_all() if self.routing == "last" else head.rows[task]

@@ -33,7 +33,7 @@ def attach(method: Method) -> None:
     learner = method.learner
     learner.bind(method.competing() if learner.head.rows else [])
     learner.compete(method.own_classes())
-    learner.steps = steps_of(learner, learner.unit)
+    learner.steps = method.steps(steps_of(learner, learner.unit))
 
 
 def train_task(method: Method, first: int, after_step: Step, checkpoint: Callable[[int], None]) -> None:
@@ -41,7 +41,7 @@ def train_task(method: Method, first: int, after_step: Step, checkpoint: Callabl
     learner, train = method.learner, method.learner.config.train
     optimizer = learner.optimizer
     assert optimizer is not None
-    plan = learner.plan(epochs=-(-learner.steps // learner.plan().steps_per_epoch))
+    plan = learner.plan(epochs=max(1, -(-learner.steps // learner.plan().steps_per_epoch)))
     for step in range(first, learner.steps):
         seed_step(learner, step)
         learner.model.train(True)

@@ -1,0 +1,135 @@
+"""What holds for methods as such: what they say of themselves, which streams they take, what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import tiny, toys
+from treelora_ray.config import ConfigError, Options, from_mapping
+from treelora_ray.methods import memory, whole
+from treelora_ray.methods.base import Method, register
+from treelora_ray.methods.catalogue import METHODS
+from treelora_ray.methods.gradients import mean_gradient, of_each
+from treelora_ray.methods.options import METHOD_OPTIONS
+from treelora_ray.objectives.base import Batch
+from treelora_ray.training.loop import begin_task
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.vit(tmp_path_factory.mktemp("vit"))
+
+
+class SpeechlessOptions(Options):
+    """For this test."""
+
+
+@pytest.fixture
+def speechless() -> Iterator[None]:
+    """A method for classification alone."""
+
+    @register("speechless", SpeechlessOptions)
+    class Speechless(Method):
+        objectives = ("classification",)
+
+    yield
+    METHODS.pop("speechless")
+    METHOD_OPTIONS.pop("speechless")
+
+
+@pytest.mark.usefixtures("speechless")
+def test_a_stream_that_a_method_cannot_learn_is_refused(tmp_path: Path) -> None:
+    says = "method.name 'speechless' learns classification only, not causal-lm: use one of .*seqlora"
+    with pytest.raises(ConfigError, match=says):
+        toys.ready(tiny.llama(tmp_path), "speechless", kind="prompt")
+    with pytest.raises(ConfigError, match=says):
+        from_mapping({"method": {"name": "speechless"}, "objective": {"kind": "causal-lm"}})
+    from_mapping({"method": {"name": "speechless"}, "objective": {"kind": "classification"}})
+
+
+@pytest.mark.parametrize("given", [(), ("clasification",), "classification"])
+def test_objectives_that_there_are_not_are_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"Wrong.objectives is .*: name one or more of .*causal-lm"):
+
+        class Wrong(Method):
+            objectives = given
+
+
+def test_every_method_says_what_it_learns_keeps_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    from treelora_ray.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["methods"])
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    table, options = shown.split("└")
+    for name, method in METHODS.items():
+        assert name in table
+        assert name + ":" in options
+        assert set(method.objectives) <= {"classification", "causal-lm"}
+        assert method.objectives
+        assert method.keeps
+        assert method.step_cost
+        assert method.reduces
+    said = {name: (method.keeps, method.step_cost) for name, method in METHODS.items()}
+    assert len(set(said.values())) == len(said), "two methods say the same of themselves"
+
+
+@pytest.mark.parametrize("scope", ["current", "seen"])
+def test_the_whole_vector_holds_adapter_and_head_whatever_rows_compete(backbone: Path, scope: str) -> None:
+    made = toys.ready(backbone, "seqlora", objective={"ce_scope": scope})
+    toys.learn(made, 0)
+    first = whole.values(made.learner)
+    begin_task(made, (1,))
+    learner = made.learner
+    places = whole.places(learner)
+    assert len(places.unique()) == len(learner.theta)
+    assert torch.equal(whole.values(learner)[: len(first)], first)
+    kept = whole.spread(learner, learner.theta)
+    assert torch.equal(whole.trained(learner, kept), learner.theta)
+    for number, row in enumerate(learner.rows):
+        width, start = learner.model.width, learner.layout.total + row * (learner.model.width + 1)
+        head = learner.theta[learner.layout.total :]
+        assert torch.equal(kept[start : start + width], head[number * width : (number + 1) * width])
+        assert kept[start + width] == head[len(learner.rows) * width + number]
+
+
+def test_gradients_aside_leave_the_gradient_of_the_step_alone_and_are_means_of_those_of_rows(backbone: Path) -> None:
+    made = toys.ready(backbone, "seqlora", train={"micro_batch": 3})
+    begin_task(made, (0,))
+    learner, refs = made.learner, [(0, row) for row in (4, 1, 7, 2, 9)]
+    learner.buffer.fill_(0.5)
+    mean = mean_gradient(learner, refs)
+    rows = [gradient.clone() for _, gradient in of_each(learner, refs, lambda _, batch, said: loss(batch, said))]
+    assert torch.equal(learner.buffer, torch.full_like(learner.buffer, 0.5))
+    torch.testing.assert_close(mean, torch.stack(rows).mean(0), rtol=1e-4, atol=1e-7)
+
+
+def loss(batch: Batch, said: Any) -> Tensor:
+    assert batch.targets is not None
+    return torch.nn.functional.cross_entropy(said["logits"], batch.targets)
+
+
+@given(count=st.integers(1, 60), wanted=st.integers(1, 70), step=st.integers(0, 40))
+def test_rows_are_drawn_without_repeats_and_gone_through_evenly(count: int, wanted: int, step: int) -> None:
+    drawn = memory.draw(count, wanted, f"key/{step}")
+    assert len(set(drawn)) == len(drawn) == min(count, wanted)
+    assert set(drawn) <= set(range(count))
+    seen = [place for at in range(count) for place in memory.walk(count, 2, at, "key")]
+    assert sorted(seen) == sorted([*range(count), *range(count)])
+
+
+def test_rows_are_drawn_evenly() -> None:
+    times = torch.zeros(20)
+    for seed in range(2000):
+        times[memory.draw(20, 5, f"{seed}/key")] += 1
+    spread = (2000 * 0.25 * 0.75) ** 0.5
+    assert float((times - 500).abs().max()) < 4 * spread

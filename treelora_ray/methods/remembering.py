@@ -1,0 +1,62 @@
+"""One adapter and so many rows of each past task, whose gradients say where a step must not go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treelora_ray.config import Options
+from treelora_ray.methods import memory
+from treelora_ray.methods.base import Method
+from treelora_ray.methods.learner import Learner, Ref
+
+
+class Remembering(Method):
+    """What methods with an episodic memory have in common. The memory holds the numbers of its rows.
+
+    All rows of the head are in the buffer, since the gradients of remembered rows are about them too; the loss of a row
+    compares the classes that `objective.ce_scope` says.
+    """
+
+    keeps = "one adapter, the numbers of `memory` rows of each task"
+
+    def __init__(self, learner: Learner, options: Options, per_task: int) -> None:
+        super().__init__(learner, options)
+        self.per_task = per_task
+        self.memory: dict[int, list[Ref]] = {}  # by task
+        self.edited = 0  # steps of the unit whose gradient was changed
+
+    def competing(self) -> list[int]:
+        return self.learner.head.of_all() if self.memory else super().competing()
+
+    def own_classes(self) -> Sequence[int] | None:
+        return self.learner.unit if self.memory and self.learner.config.objective.ce_scope == "current" else None
+
+    def before_task(self) -> None:
+        self.edited = 0
+
+    def after_task(self) -> None:
+        """Rows of all the task's, drawn uniformly."""
+        learner = self.learner
+        for task in learner.unit if self.per_task else ():
+            key = f"{learner.config.seed}/{learner.tasks[task].name}/memory"
+            rows = memory.draw(len(learner.tasks[task].train), self.per_task, key)
+            self.memory[task] = [(task, row) for row in sorted(rows)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        refs = [ref for rows in self.memory.values() for ref in rows]
+        return {"memory": torch.tensor(refs, dtype=torch.long).view(-1, 2)}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"edited": self.edited}
+
+    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        self.memory, self.edited = {}, data["edited"]
+        for task, row in tensors["memory"].tolist():
+            self.memory.setdefault(task, []).append((task, row))
+
+    def report(self) -> dict[str, Any]:
+        return {"steps_edited": self.edited}

@@ -348,7 +348,7 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     alone = threading.Lock()
 
-    def run(_: Any, listener: Listener, stop: Callable[[], bool]) -> None:
+    def run(_: Any, listener: Listener, stop: Callable[[], bool], **__: Any) -> None:
         assert alone.acquire(blocking=False), "two runs at once"
         try:
             listener.starts([1, 1, 1], [])
@@ -395,7 +395,7 @@ def test_a_run_that_is_ended_stops_where_it_is_before_another_begins(
 def test_while_a_task_is_learnt_the_last_scores_are_said_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     learnt = threading.Event()
 
-    def run(_: Any, listener: Listener, stop: Callable[[], bool]) -> None:  # noqa: ARG001
+    def run(_: Any, listener: Listener, stop: Callable[[], bool], **__: Any) -> None:  # noqa: ARG001
         listener.starts([1], [])
         learnt.wait()
         listener.scored(record(0, 50.0))

@@ -29,13 +29,16 @@ from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
 from treelora_ray.cluster.sweep_trial import Trial as Actor
 from treelora_ray.config import ClusterConfig, RunConfig, with_values
+from treelora_ray.data.stream import open_stream
 from treelora_ray.files import locked
+from treelora_ray.models.kept import Backbones
 from treelora_ray.store import joined, local_path, open_folder
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
 POLL = 0.2  # seconds between two looks at Ctrl-C
 TUNE = ".tune"  # where Tune writes what nobody reads
+LOOKS = ".looks"  # what trials have seen of tasks, for other trials
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -97,6 +100,7 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
     if stop():
         raise Stopped(sweep.folder.address)
     _conclude(sweep, program.final)
+    shutil.rmtree(sweep.folder.path / LOOKS, ignore_errors=True)
 
 
 def _say_where(sweep: Sweep, listener: Listener) -> None:
@@ -153,8 +157,9 @@ def _tuner(sweep: Sweep, conductor: Conductor, judge: Judge) -> tune.Tuner:
     else:
         resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     path, filesystem = sweep.folder.place()
+    actor = Actor if nested else tune.with_parameters(Actor, **_shared(sweep))
     return tune.Tuner(
-        tune.with_resources(Actor, tune.PlacementGroupFactory([resources])),
+        tune.with_resources(actor, tune.PlacementGroupFactory([resources])),
         tune_config=tune.TuneConfig(
             num_samples=-1,  # until the conductor says that there is no more
             search_alg=conductor,
@@ -171,6 +176,14 @@ def _tuner(sweep: Sweep, conductor: Conductor, judge: Judge) -> tune.Tuner:
             verbose=0,
         ),
     )
+
+
+def _shared(sweep: Sweep) -> dict[str, Any]:
+    """What the trials need not make again, each in its own process."""
+    config = with_values(sweep.base, {**sweep.space.fixed, "stream.holdout": sweep.holdout}, "the sweep")
+    kind = open_stream(config.stream, config.seed).kind
+    looks = None if sweep.folder.stored else str(sweep.folder.path / LOOKS)
+    return {"packed": Backbones().pack(config.model, kind), "looks": looks}
 
 
 class _Experiment(threading.Thread):

@@ -13,7 +13,8 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -21,6 +22,8 @@ from ray import tune
 from treelora_ray.api import run
 from treelora_ray.cluster.errors import first_line
 from treelora_ray.config import RunConfig, from_mapping
+from treelora_ray.methods.shared import Shared
+from treelora_ray.models.kept import Packed
 from treelora_ray.training.errors import BusyError, NonFiniteError, Stopped
 from treelora_ray.training.record import score_table
 from treelora_ray.training.stream import Listener
@@ -51,7 +54,7 @@ class Scores(Listener):
         done = len(self.records)
         scores = [record["scores"] for record in self.records]
         metrics = score_table(scores, [tuple(record["tasks"]) for record in self.records])
-        seconds = sum(sum(record["effort"]["seconds"].values()) for record in self.records)
+        seconds = sum(_seconds(record["effort"]) for record in self.records)
         return {
             "percent": 100.0 * sum(self.steps[:done]) / sum(self.steps),
             "val_op": metrics["op"],
@@ -60,11 +63,16 @@ class Scores(Listener):
         }
 
 
+def _seconds(effort: Mapping[str, Any]) -> float:
+    """What a run takes that shares nothing: which trial looked first at a task says nothing of its settings."""
+    return float(sum(effort["seconds"].values()) + effort.get("reused", {}).get("seconds", 0.0))
+
+
 class Work:
     """The run of a trial in a thread of its own."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, shared: Shared | None = None) -> None:
+        self.config, self.shared = config, shared
         self.told: queue.SimpleQueue[Values | Exception] = queue.SimpleQueue()
         self.turn, self.ending = threading.Semaphore(0), threading.Event()
         self.heard: Values = {"percent": 0.0, "done": False}
@@ -101,7 +109,7 @@ class Work:
     def _work(self) -> None:
         scores = Scores(self._tell)
         try:
-            _learn(self.config, scores, self.ending.is_set)
+            _learn(self.config, scores, self.ending.is_set, self.shared)
             self.told.put({**scores.values(), "done": True})
         except Stopped:
             pass
@@ -109,12 +117,11 @@ class Work:
             self.told.put(error)
 
 
-def _learn(config: RunConfig, listener: Listener, stop: Callable[[], bool]) -> None:
-    """The one place where a trial is learnt: what trials share would be handed over here."""
+def _learn(config: RunConfig, listener: Listener, stop: Callable[[], bool], shared: Shared | None) -> None:
     deadline = time.monotonic() + OLD_PROCESS
     while True:
         try:
-            run(config, listener=listener, stop=stop)
+            run(config, listener=listener, stop=stop, shared=shared)
             return
         except BusyError:
             if time.monotonic() > deadline or stop():
@@ -125,8 +132,13 @@ def _learn(config: RunConfig, listener: Listener, stop: Callable[[], bool]) -> N
 class Trial(tune.Trainable):
     """The actor, which takes one trial after the other. An error of others ends it: nobody knows what it has broken."""
 
-    def setup(self, config: dict[str, Any]) -> None:
-        self.work = Work(from_mapping(json.loads(config["config"])))
+    def setup(self, config: dict[str, Any], packed: Packed | None = None, looks: str | None = None) -> None:
+        """`packed`: the backbone, which Ray holds once on each node; `looks`: the folder of what trials have seen."""
+        self.shared = Shared(None if looks is None else Path(looks), packed)
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.work = Work(from_mapping(json.loads(config["config"])), self.shared)
         self.failed: Exception | None = None
 
     def step(self) -> Values:
@@ -142,7 +154,7 @@ class Trial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.work.end()
-        self.setup(new_config)
+        self._begin(new_config)
         return True
 
     def cleanup(self) -> None:

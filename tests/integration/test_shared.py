@@ -24,6 +24,8 @@ from tests.integration.test_prior import same
 from tests.integration.test_runs import settings
 from treelora_ray import Run, Shared, run
 from treelora_ray.config import from_mapping
+from treelora_ray.data.rows import MemoryRows
+from treelora_ray.data.task import Task, TaskStream
 from treelora_ray.methods.catalogue import make
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.treelora import TreeLora
@@ -261,6 +263,22 @@ def test_rows_that_change_without_a_new_fingerprint_are_noticed(backbone: Path, 
         folder = tmp_path / str(number)
         folder.mkdir()
         model = load_model(made.model, "image", made.seed, shared.backbones)
+        StreamRun(made, stream, make(Learner(made, model, shared=shared)), folder).go()
+        assert work.spent() == needed
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer"])
+def test_prompts_that_change_without_a_new_fingerprint_are_noticed(column: str, tmp_path: Path, work: Work) -> None:
+    """Prompts have no class means, which would tell: the rows of each round do."""
+    sections = {"model": {"backbone": str(tiny.llama(tmp_path / "b")), "max_length": 16}}
+    made, shared = toys.config(tmp_path / "b", "treelora", **sections), Shared()
+    columns = {"prompt": COLOURS * 4, "answer": ["yes", "no", "no", "yes"] * 4}
+    for number, (other, needed) in enumerate([(False, (ROUNDS, 1)), (True, (ROUNDS, 1)), (True, NOTHING)]):
+        shown = {**columns, column: columns[column][1:] + columns[column][:1]} if other else columns
+        rows = MemoryRows(shown, fingerprint="the same")
+        (folder := tmp_path / str(number)).mkdir()
+        model = load_model(made.model, "prompt", made.seed, shared.backbones)
+        stream = TaskStream((Task("t", rows, rows),), "prompt")
         StreamRun(made, stream, make(Learner(made, model, shared=shared)), folder).go()
         assert work.spent() == needed
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,29 @@ def test_a_kept_and_a_packed_backbone_give_what_a_loaded_one_gives(
     assert equal(answers(given, kind), wanted)
     assert len(loads) == 1
     assert given.digest == load_model(config, kind, 4, backbones).digest != ""
+
+
+def elsewhere(packed: Packed, config: ModelConfig, kind: str) -> list[Tensor]:
+    """In a process that has made no model before."""
+    torch.set_num_threads(1)
+    return answers(load_model(config, kind, 3, Backbones(packed)), kind)
+
+
+def test_a_packed_backbone_gives_the_same_in_a_process_that_never_saw_such_a_model(tmp_path: Path) -> None:
+    configs = {
+        kind: ModelConfig(backbone=str(made(tmp_path / kind)), device="cpu", max_length=32)
+        for kind, made in MAKERS.items()
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for kind, config in configs.items():
+            packed = Backbones().pack(config, kind)
+            Path(config.backbone).rename(tmp_path / f"{kind}-moved")
+            found = [torch.from_numpy(x) for x in pool.submit(elsewhere_as_arrays, packed, config, kind).result(120)]
+            assert equal(found, elsewhere(packed, config, kind))
+
+
+def elsewhere_as_arrays(packed: Packed, config: ModelConfig, kind: str) -> list[Any]:
+    return [tensor.numpy() for tensor in elsewhere(packed, config, kind)]
 
 
 def test_what_a_run_does_to_its_model_the_next_one_does_not_see(tmp_path: Path, loads: list[str]) -> None:

@@ -194,9 +194,8 @@ class TreeLora(Method):
             "scaling": learner.model.scaling,
             "layout": learner.layout.to_json(),
             "signature": sha256(self.places),
-            "competing": len(learner.rows),
             "labels": [[label, place[row]] for label, row in zip(labels, heads, strict=True)],
-            "means": None if means is None else sha256(means),
+            "means": None if means is None else sha256(means),  # of all classes that compete
             "micro_batch": learner.config.train.micro_batch,
             "drawn": [learner.unit_name, learner.unit_rows, batch, learner.config.seed],
         }

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from treelora_ray.config import ModelConfig
 from treelora_ray.files import stamp
-from treelora_ray.models.loading import folder_of, from_pretrained
+from treelora_ray.models.loading import folder_of, from_pretrained, quiet
 
 Source = tuple[Any, ...]  # what of a config says which backbone it is
 
@@ -63,6 +63,7 @@ class Packed:
 
     def unpacked(self, device: torch.device) -> Backbone:
         """Around the arrays' own memory where the device is the CPU: these weights must never be written to."""
+        _introduce(self.skeleton)
         tensors = {}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -141,6 +142,13 @@ def _skeleton(net: Any, named: Mapping[str, Tensor]) -> Any:
         hollow = torch.empty_like(tensor, device="meta")
         empty[id(tensor)] = nn.Parameter(hollow, requires_grad=False) if isinstance(tensor, nn.Parameter) else hollow
     return copy.deepcopy(net, empty)
+
+
+def _introduce(net: Any) -> None:
+    """transformers notes how to record hidden states when the first model of a class is made in a process, as
+    unpickling does not: one is made, without storage."""
+    with quiet(), torch.device("meta"), torch.random.fork_rng(devices=[]):
+        type(net)(copy.deepcopy(net.config))
 
 
 def _settings(net: Any) -> str:

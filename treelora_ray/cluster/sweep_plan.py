@@ -146,7 +146,7 @@ class Sweep:
         return {
             "name": self.name,
             "space": self.space.name,
-            "fixed": dict(self.space.fixed),
+            "fixed": {key: value for key, value in self.space.fixed.items() if not free_key(key)},
             "base": flat(self.base.model_dump(mode="json", by_alias=True)),
             "metric": self.options.metric,
             "mode": METRICS[self.options.metric],

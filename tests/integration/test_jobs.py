@@ -337,3 +337,21 @@ def test_a_token_that_the_cluster_refuses_is_said_and_not_shown(kind: str, head:
     assert done.stderr.startswith(f"error: the cluster at {head.address} refuses the token of this machine: set RAY_")
     assert other not in done.stdout + done.stderr
     assert head.token not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_job_and_submitted_again_it_has_nothing_left_to_do(head: Head, runs: Path) -> None:
+    sweep = runs / "swept"
+    given = [*settings(runs / "base", 1)[:-1], "train.epochs=1"]
+    options = ["--space", "smoke", "--trials", "2", "--seeds", "1", "--name", sweep.name]
+    send = ["ray", "job", "submit", "--address", head.address, "--working-dir", "."]
+    done = head.call([*send, "--", "python", "pipelines/sweep.py", "--config", "quickstart", *given, *options])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((sweep / "sweep.json").read_text())
+    assert [trial["state"] for trial in found["trials"]] == ["finished", "finished"]
+    assert load(sweep / "best.yaml").stream.holdout is None
+    assert json.loads((sweep / "winner" / "result.json").read_text())["finished"]
+    again = head.call(["treelora", "submit", "quickstart", "--sweep", "--address", head.address, *given, *options])
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert re.search(r"job swept-\w+ succeeded$", again.stdout.strip())
+    assert json.loads((sweep / "sweep.json").read_text())["winner"] == found["winner"]

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from treelora_ray.config import ConfigError, RunConfig, differences, from_mapping, keys, load, presets, run_name
+from treelora_ray.config import (
+    ConfigError,
+    RunConfig,
+    differences,
+    from_mapping,
+    keys,
+    load,
+    overridden,
+    presets,
+    run_name,
+    with_values,
+)
 
 
 def wrong(source: str | Path, *overrides: str) -> str:
@@ -47,6 +58,19 @@ def test_overrides_reach_any_depth_and_are_read_as_yaml() -> None:
     assert (config.train.lr, config.train.clip, config.stream.tasks) == (0.002, None, ["a", "b"])
     options = config.method.model_dump(by_alias=True)
     assert (options["lambda"], options["guide"]["search"]) == (0.3, "random")
+
+
+def test_values_at_dotted_keys_are_set_in_their_order_and_checked() -> None:
+    base, method = load("quickstart"), {"name": "replay"}
+    config = with_values(base, {"method": method, "method.memory": 3, "train.lr": 0.1}, "the caller")
+    assert (config.method.model_dump()["memory"], config.train.lr, config.stream) == (3, 0.1, base.stream)
+    assert method == {"name": "replay"}
+    assert base == load("quickstart")
+    with pytest.raises(
+        ConfigError, match=r"the caller cannot be used:\n  method\.lamda is unknown; did you mean method\.l"
+    ):
+        with_values(base, {"method.lamda": 1}, "the caller")
+    assert overridden(["train.lr=2e-3", "stream.tasks=[a, b]"]) == {"train.lr": 0.002, "stream.tasks": ["a", "b"]}
 
 
 def test_all_mistakes_stand_in_one_report() -> None:

@@ -106,7 +106,7 @@ def test_keys_set_by_hand_are_left_alone(tmp_path: Path) -> None:
     body = "def f():\n    return {'method': {'name': 'replay'}, 'method.memory': tune.choice([1, 2]), 'train.lr': 0.1,"
     found = space(tmp_path, body + " 'train.batch': tune.choice([4, 8])}\n")
     under = found.under({"train.lr": 0.3, "method.memory": 7})
-    assert under.fixed == {"method": {"name": "replay"}, "train.lr": 0.3, "method.memory": 7}
+    assert under.fixed == {"method": {"name": "replay"}, "method.memory": 7}  # the base has the learning rate
     assert set(under.parameters) == {"train.batch"}
     under.require_fits(load("quickstart"))
     with pytest.raises(SpaceError, match="leaves nothing to search"):
@@ -158,13 +158,13 @@ def test_more_trials_begin_with_the_settings_of_fewer_and_none_stands_twice() ->
 
 def test_a_grid_is_all_settings_or_some_drawn_from_all() -> None:
     parameters = {"a": Parameter("choice", (1, 2, 3)), "b": Parameter("choice", ("x", "y"))}
-    whole, size = grid_settings(parameters, 10, 0)
-    assert size == len(whole) == 6
+    whole = grid_settings(parameters, 10, 0)
+    assert Space("grid", {}, parameters).size == len(whole) == 6
     assert [(s["a"], s["b"]) for s in whole[:3]] == [(1, "x"), (1, "y"), (2, "x")]
-    some, _ = grid_settings(parameters, 3, 0)
+    some = grid_settings(parameters, 3, 0)
     assert len(some) == 3
     assert [s for s in whole if s in some] == some
-    assert grid_settings(parameters, 3, 1) != (some, 6)
+    assert grid_settings(parameters, 3, 1) != some
     with pytest.raises(SpaceError, match="a is a range, which no grid covers"):
         grid_settings({"a": Parameter("uniform", (), 0, 1)}, 3, 0)
 

@@ -243,9 +243,10 @@ def test_what_results_do_not_depend_on_may_change_and_trials_may_be_added_until_
     assert len({trial.parameters["train.lr"] for trial in sweep.trials}) == 4
     Tune(sweep, lambda _: scores(1.0)).go()
     assert sweep.winner is not None
-    sweep.winner["test"] = {"op": 1.0}
-    sweep.save()
-    made(tmp_path, trials=4)
+    again = made(tmp_path, trials=4)
+    tune = Tune(again, lambda _: scores(1.0))
+    tune.go()
+    assert tune.given == ["winner"]  # its run had not been recorded
     with pytest.raises(ClusterError, match="looked at test rows"):
         made(tmp_path, trials=5)
 

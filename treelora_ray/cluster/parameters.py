@@ -77,14 +77,20 @@ class Space:
     parameters: Mapping[str, Parameter]
 
     def under(self, given: Mapping[str, Any]) -> Space:
-        """Where the user has set a key, the space does not."""
+        """Where the user has set a key, the space does not; what it replaces whole has the user's values below it."""
 
         def free(key: str) -> bool:
             return not any(key == other or key.startswith(f"{other}.") for other in given)
 
         fixed = {key: value for key, value in self.fixed.items() if free(key)}
+        inner = {key: value for key, value in given.items() if any(key.startswith(f"{whole}.") for whole in fixed)}
         kept = {key: parameter for key, parameter in self.parameters.items() if free(key)}
-        return replace(self, fixed={**fixed, **given}, parameters=kept)
+        return replace(self, fixed=fixed | inner, parameters=kept)
+
+    @property
+    def size(self) -> int:
+        """Settings there are, if all parameters are choices."""
+        return math.prod(len(parameter.values) for parameter in self.parameters.values())
 
     def require_fits(self, base: RunConfig) -> None:
         """Refuses keys that the config does not have, and values that it does not take."""
@@ -118,8 +124,8 @@ def random_settings(parameters: Mapping[str, Parameter], count: int, seed: int) 
     return list(found.values())
 
 
-def grid_settings(parameters: Mapping[str, Parameter], count: int, seed: int) -> tuple[list[dict[str, Any]], int]:
-    """All settings in order, or so many of them drawn by the seed; and how many there are."""
+def grid_settings(parameters: Mapping[str, Parameter], count: int, seed: int) -> list[dict[str, Any]]:
+    """All settings in order, or so many of them drawn by the seed."""
     for key, parameter in parameters.items():
         if parameter.kind != "choice":
             raise SpaceError(
@@ -130,7 +136,7 @@ def grid_settings(parameters: Mapping[str, Parameter], count: int, seed: int) ->
     chosen = set(range(size)) if count >= size else set(permuted(np.arange(count), size, f"{seed}/grid").tolist())
     products = itertools.product(*(parameter.values for parameter in parameters.values()))
     picked = (values for place, values in enumerate(products) if place in chosen)
-    return [dict(zip(parameters, values, strict=True)) for values in picked], size
+    return [dict(zip(parameters, values, strict=True)) for values in picked]
 
 
 def variations(parameters: Mapping[str, Parameter]) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,7 +33,7 @@ from treelora_ray.config import ClusterConfig, RunConfig, with_values
 from treelora_ray.data.stream import open_stream
 from treelora_ray.files import locked
 from treelora_ray.models.kept import Backbones
-from treelora_ray.store import joined, local_path, open_folder
+from treelora_ray.store import RunFolder, joined, local_path, open_folder
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -73,7 +74,10 @@ def sweep(
         with locked(folder.lock, busy):
             found = Sweep(base, space, options, folder)
             found.save()
-            _drive(found, listener, stop)
+            try:
+                _drive(found, listener, stop)
+            finally:
+                _report(found, listener)
             return found
 
 
@@ -85,6 +89,7 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
     _say_where(sweep, listener)
     with connected(base.cluster, listener) as own, _quiet():
         require_room(_of_trial(base), listener, own)
+        _say_gpus(sweep, listener)
         program = Program(sweep, stop, listener.note)
         conductor = Conductor(sweep, program, _at_once(sweep, listener), listener.note)
         experiment = _Experiment(_tuner(sweep, conductor, Judge(sweep, program)))
@@ -94,7 +99,7 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
             if not any(node["Alive"] for node in ray.nodes()):
                 auto_init_hook.enable_auto_connect = False  # else Tune's thread starts another one
                 raise ClusterLostError(f"the cluster has died; sweep {sweep.folder} holds what was learnt")
-    shutil.rmtree(sweep.folder.path / TUNE, ignore_errors=True)
+    _clear(sweep.folder)
     if experiment.error is not None:
         raise experiment.error
     if stop():
@@ -103,12 +108,40 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
     shutil.rmtree(sweep.folder.path / LOOKS, ignore_errors=True)
 
 
+def _report(sweep: Sweep, listener: Listener) -> None:
+    """Of what is known, however the sweep has ended."""
+    from treelora_ray.tracking.sweep_report import write_sweep_report
+
+    try:
+        write_sweep_report(sweep.folder.path)
+        sweep.folder.push()
+    except Exception as error:  # what the sweep has found, and what has ended it, weigh more
+        listener.note(f"the report could not be written ({error}): treelora report {sweep.folder} tries again")
+
+
+def _clear(folder: RunFolder) -> None:
+    path, filesystem = folder.place()
+    if filesystem is None:
+        shutil.rmtree(Path(path) / TUNE, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            filesystem.delete_dir(f"{path}/{TUNE}")
+
+
 def _say_where(sweep: Sweep, listener: Listener) -> None:
-    over = sum(trial.over for trial in sweep.trials)
+    over, options = sum(trial.over for trial in sweep.trials), sweep.options
     if any(trial.history or trial.over for trial in sweep.trials):
         listener.note(f"going on with {sweep.folder}: {over} of {sweep.wanted} trials have ended")
-    if sweep.wanted < sweep.options.trials:
-        listener.note(f"the space has {sweep.wanted} settings, fewer than the {sweep.options.trials} trials asked for")
+    if sweep.wanted < options.trials:
+        listener.note(f"the space has {sweep.wanted} settings, fewer than the {options.trials} trials asked for")
+    if options.search == "grid" and (size := sweep.space.size) > sweep.wanted:
+        listener.note(f"the grid has {size} settings: {sweep.wanted} of them are tried, drawn by the seed")
+
+
+def _say_gpus(sweep: Sweep, listener: Listener) -> None:
+    gpus, cluster = ray.cluster_resources().get("GPU", 0.0), sweep.base.cluster
+    if gpus and not cluster.gpus_per_worker and sweep.base.model.device != "cpu":
+        listener.note(f"trials use none of the cluster's {gpus:g} GPUs: set cluster.gpus_per_worker=1 to give each one")
 
 
 def _conclude(sweep: Sweep, final: Trial) -> None:

@@ -146,7 +146,7 @@ class Sweep:
         return {
             "name": self.name,
             "space": self.space.name,
-            "fixed": dict(self.space.fixed),
+            "fixed": {key: value for key, value in self.space.fixed.items() if not free_key(key)},
             "base": flat(self.base.model_dump(mode="json", by_alias=True)),
             "metric": self.options.metric,
             "mode": METRICS[self.options.metric],
@@ -169,10 +169,10 @@ class Sweep:
         self.trials = [Trial.of_json(each) for each in found["trials"]]
         self.again = [Trial.of_json(each) for each in found["again"]]
         self.winner, self.seconds = found["winner"], found["seconds"]
-        if self.tested and self.options.trials > len(self.trials):
+        if self.winner is not None and self.options.trials > len(self.trials):
             raise ClusterError(
-                f"sweep {self.folder} has named its winner and looked at test rows: more trials would be chosen by "
-                "them; give the sweep another name"
+                f"sweep {self.folder} has named its winner, which has looked at test rows: more trials would be chosen "
+                "by them; give the sweep another name"
             )
 
     def _plan(self) -> None:
@@ -181,7 +181,7 @@ class Sweep:
         if search == "random":
             settings = random_settings(parameters, self.options.trials, seed)
         elif search == "grid":
-            settings, _ = grid_settings(parameters, self.options.trials, seed)
+            settings = grid_settings(parameters, self.options.trials, seed)
         else:
             return
         known = [trial.parameters for trial in self.trials]
@@ -273,9 +273,7 @@ class Sweep:
 
     def choose(self) -> None:
         """The winner: of the best on most seeds, that with the best mean over them."""
-        if self.winner is not None and self.tested:
-            return
-        self.winner, ranked = None, []
+        ranked = []
         for trial in self.best(self.options.top):
             seeds = [trial, *(each for each in self.again if each.of == trial.id and each.state == "finished")]
             ranked.append((len(seeds), float(np.mean([self.worth(each) for each in seeds])), trial.id, seeds))

@@ -19,6 +19,8 @@ class Program:
         self.final = Trial(WINNER, {}, sweep.base.seed, WINNER)
         self.choose = by_optuna(sweep) if sweep.options.search == "optuna" else planned(sweep.trials)
         self.further = [self._further_seeds, self._winner]
+        if sweep.winner is not None:  # named before: it stays
+            self.choose, self.further = planned([]), [self._winner]
 
     @property
     def spent(self) -> bool:
@@ -55,9 +57,11 @@ class Program:
 
     def _winner(self) -> Choose:
         sweep = self.sweep
-        sweep.choose()
+        if sweep.winner is None:
+            sweep.choose()
         if sweep.winner is None:
             return planned([])
+        sweep.save()
         sweep.write_best()
         self.say(f"the winner is {sweep.winner['trial']}: learning its config without held-out rows")
         return planned([self.final])

@@ -214,6 +214,19 @@ def test_a_time_budget_ends_the_search_and_not_what_comes_after_it(tmp_path: Pat
     assert any("time budget is used up" in line for line in tune.said)
 
 
+def test_no_further_setting_is_proposed_when_the_time_is_spent(tmp_path: Path) -> None:
+    sweep = made(tmp_path, search="optuna", trials=9, time_budget=1e6)
+
+    def learn(_: str) -> list[dict[str, Any]]:
+        sweep.seconds = 2e6
+        return scores(50.0)
+
+    tune = Tune(sweep, learn)
+    tune.go()
+    assert tune.given == ["0000", "winner"]
+    assert states(sweep) == {"0000": "finished"}  # it had learnt its whole stream
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -38,8 +38,8 @@ class Program:
     def next(self, busy: bool) -> Trial | None:
         """The next trial; None if there is none, or none while others are at work (`busy`)."""
         while not self.stop():
-            trial = self.choose()
-            if trial is not None and not self.halts(trial.id):
+            cut = self.spent and self._further_seeds in self.further  # it is still searching, and has no more time
+            if not cut and (trial := self.choose()) is not None:
                 return trial
             if busy or not self.further:
                 return None

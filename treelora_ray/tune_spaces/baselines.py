@@ -1,4 +1,4 @@
-"""What the other methods have to set: a function for each, named `baselines:METHOD`.
+"""What the other methods have to set: a function for each, named `baselines:METHOD` (der++: derpp, o-lora: o_lora).
 
 Each replaces the base config's method whole, and searches rank and learning rate over the ranges of treelora.
 """
@@ -32,6 +32,63 @@ def replay() -> dict[str, Any]:
         "method.memory": tune.choice([100, 200, 400, 800]),
         "method.replay_batch": tune.choice([4, 8, 16]),
     }
+
+
+def derpp() -> dict[str, Any]:
+    """One adapter, a memory of past rows, and what the model said of them."""
+    return {
+        **_common("der++"),
+        "method.alpha": tune.loguniform(0.01, 1.0),
+        "method.beta": tune.loguniform(0.1, 2.0),
+        "method.memory": tune.choice([200, 400, 800, 1600]),
+    }
+
+
+def ewc() -> dict[str, Any]:
+    """One adapter, held where it mattered."""
+    return {
+        **_common("ewc"),
+        "method.lambda": tune.loguniform(1.0, 5000.0),
+        "method.online": tune.choice([False, True]),
+    }
+
+
+def lwf() -> dict[str, Any]:
+    """One adapter, which is to say of old classes what it said before."""
+    return {
+        **_common("lwf"),
+        "method.lambda": tune.loguniform(0.1, 10.0),
+        "method.temperature": tune.choice([1.0, 2.0, 4.0]),
+    }
+
+
+def agem() -> dict[str, Any]:
+    """One adapter, whose steps spare the loss on remembered rows."""
+    return {**_common("agem"), "method.memory": tune.choice([25, 50, 100, 200])}
+
+
+def gem() -> dict[str, Any]:
+    """One adapter, whose steps spare the loss on each earlier task's remembered rows."""
+    return {
+        **_common("gem"),
+        "method.memory": tune.choice([25, 50, 100, 200]),
+        "method.margin": tune.uniform(0.0, 1.0),
+    }
+
+
+def ogd() -> dict[str, Any]:
+    """One adapter, whose steps are orthogonal to remembered gradients."""
+    return {**_common("ogd"), "method.memory": tune.choice([50, 150, 300])}
+
+
+def o_lora() -> dict[str, Any]:
+    """An adapter a task, each in directions of its own."""
+    return {**_common("o-lora"), "method.lambda": tune.loguniform(0.05, 5.0)}
+
+
+def ncm() -> dict[str, Any]:
+    """Nearest class means of frozen features, where nothing is trained."""
+    return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
 
 
 def _common(method: str) -> dict[str, Any]:

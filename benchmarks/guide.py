@@ -170,10 +170,10 @@ def search_cost(guide: Guide, pulls: int, repeats: int) -> float:
         direction = guide.store.rows[number % len(guide.store)] + torch.randn(guide.layout.total, generator=generator)
         guide.current = None
         guide.begin_task("now")
-        assert guide.current is not None
-        search = guide._make_search(exact=False, steps_per_epoch=None)
+        now: Any = guide.current
+        now.exact, now.search = False, guide._make_search(exact=False, steps_per_epoch=None)
         start = time.perf_counter()
-        guide._round(search, False, direction)
+        guide._round(now, now.search, 0, direction)
         times.append(time.perf_counter() - start)
     guide.current = None
     return statistics.median(times) * 1e3

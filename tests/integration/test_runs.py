@@ -137,6 +137,13 @@ def test_another_config_is_refused_with_its_keys(backbone: Path, data: Path, tmp
         run({**other, "seed": 1}, allow=["seed"])
 
 
+def test_too_few_epochs_for_the_tasks_are_refused(backbone: Path, data: Path, tmp_path: Path) -> None:
+    given = settings(backbone, data, tmp_path / "runs", train={"epochs": [1, 2]})
+    with pytest.raises(ConfigError, match=r"train\.epochs has 2 entries, the stream 3 tasks: give each"):
+        run(given)
+    run({**given, "stream": {**given["stream"], "tasks": 1}})
+
+
 def test_other_rows_of_a_learnt_task_are_refused(backbone: Path, data: Path, tmp_path: Path) -> None:
     run(settings(backbone, data, tmp_path / "runs", stream={"tasks": ["t0"]}))
     table = pq.read_table(data / "t0" / "train.parquet")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from treelora_ray.config import RunConfig
+from treelora_ray.config import ConfigError, RunConfig
 from treelora_ray.data.rows import digest
 from treelora_ray.data.stream import fingerprints
 from treelora_ray.data.task import TaskStream
@@ -65,6 +65,7 @@ class StreamRun:
         self.learner = method.learner
         self.leads = self.learner.comm.rank == 0  # the worker that writes
         self.learner.tasks = stream.tasks
+        _require_epochs(config, len(stream.tasks))
         self.units = method.units(len(stream.tasks))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.evaluator = Evaluator(method)
@@ -234,3 +235,11 @@ class StreamRun:
         data = json.dumps(result, indent=1, allow_nan=False).encode()
         write_atomically(self.folder / "result.json", data)
         self.files.push()
+
+
+def _require_epochs(config: RunConfig, tasks: int) -> None:
+    given = config.train.epochs
+    if config.train.steps is None and isinstance(given, list) and len(given) < tasks:
+        raise ConfigError(
+            f"train.epochs has {len(given)} entries, the stream {tasks} tasks: give each one, or one number for all"
+        )

@@ -292,6 +292,7 @@ def test_a_model_is_logged_to_a_run_and_registered(
         model.log_model(runs["texts"], client)
     before = mlflow.get_tracking_uri()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # which the next line sets too, and nothing takes back
     mlflow.set_tracking_uri(uri)
     try:
         frame = pd.DataFrame({"text": ROWS["texts"]})

@@ -87,6 +87,12 @@ def test_a_sweep_finds_the_best_config_without_a_look_at_test_rows(ray_data: Pat
     written = json.loads((folder / "sweep.json").read_text())
     assert written["winner"] == done.winner
     assert [trial["val_op"] for trial in written["trials"]][2] is None
+    # Trials look at a task once.
+    (effort,) = [record["effort"] for record in Run(folder / "trials" / "0003").result["records"]][:1]
+    assert effort["reused"]["probe_rounds"] == effort["probe_rounds"] > 0
+    assert done.trials[3].history[0]["seconds"] > sum(effort["seconds"].values())
+    assert not (folder / ".looks").exists()
+    assert "on further seeds" in (folder / "report.html").read_text()
     # A trial is the run of its config, and the winner that of best.yaml, to the bit.
     for name in ("trials/0000", "winner"):
         own = load(folder / name / "config.yaml", [f"folder={tmp_path / 'alone'}"])

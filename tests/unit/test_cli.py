@@ -90,7 +90,7 @@ def test_a_sweep_is_a_table_of_its_trials_the_best_first() -> None:
         return {"id": name, "state": state, **values, "parameters": {"model.lora.rank": rank, "train.lr": 0.1}}
 
     made = [trial("0", "finished", 40.0, 4), trial("1", "stopped", 90.0, 8), trial("2", "finished", 60.0, 16)]
-    winner = {"trial": "2", "val_op": {"mean": 60.0, "std": 1.5, "seeds": [61.0, 59.0]}, "test": {"op": 55.5}}
+    winner = {"trial": "2", "val_op": {"mean": 60.0, "std": 1.5, "seeds": [0, 1]}, "test": {"op": 55.5}}
     found = {
         "metric": "val_op", "mode": "max", "parameters": {"model.lora.rank": {}, "train.lr": {}},
         "trials": [*made, trial("3", "failed", None, 2)], "winner": winner,

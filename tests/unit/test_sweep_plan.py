@@ -98,7 +98,8 @@ def test_all_trials_then_the_best_on_further_seeds_then_the_winner(tmp_path: Pat
     assert tune.given[:4] == ["0000", "0001", "0002", "0003"]
     assert tune.given[4:] == ["0001-seed1", "0001-seed2", "0002-seed1", "0002-seed2", "winner"]
     assert sweep.winner is not None
-    assert (sweep.winner["trial"], sweep.winner["val_op"]["seeds"]) == ("0002", [79.0, 79.0, 79.0])
+    assert (sweep.winner["trial"], sweep.winner["val_op"]["scores"]) == ("0002", [79.0, 79.0, 79.0])
+    assert sweep.winner["val_op"]["seeds"] == [0, 1, 2]
     assert load(tmp_path / "s" / "best.yaml").train.lr == 0.3
 
 

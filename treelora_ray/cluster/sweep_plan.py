@@ -310,7 +310,7 @@ class Sweep:
 def _over_seeds(metric: str, trials: Sequence[Trial]) -> dict[str, Any]:
     values = [trial.history[-1][metric] for trial in trials]
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "seeds": values}
+    return {"mean": float(np.mean(values)), "std": std, "seeds": [trial.seed for trial in trials], "scores": values}
 
 
 def _absolute(base: RunConfig) -> RunConfig:

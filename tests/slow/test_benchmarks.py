@@ -80,3 +80,15 @@ def test_the_sweep_benchmark_prints_its_table(tmp_path: Path) -> None:
     result: dict[str, Any] = json.loads(out.read_text())
     assert result["whole"]["stopped"] == 0
     assert result["asha"]["learning"] <= 1.5 * result["whole"]["learning"]
+
+
+def test_the_benchmark_of_steps_on_a_gpu_runs_on_tiny_models(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    tiny = ("--tiny", "--models", "0.5B", "vit", "--stored", "2", "--steps", "4", "--repeats", "2", "--out", str(out))
+    printed = run("gpu_step.py", *tiny)
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert result["models"].keys() == {"0.5B", "vit"}
+    for told in result["models"].values():
+        assert told.keys() == {"seqlora", "treelora", "o-lora"}
+        assert all(second > 0 for each in told.values() for second in each["seconds"])
+    assert printed.count("| treelora |") == 2

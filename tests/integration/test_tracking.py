@@ -153,6 +153,18 @@ def test_without_a_server_a_run_ends_as_ever_and_sync_delivers_later(
         assert mlflow_run(done.folder, done.config.tracking.uri)[1].info.status == "FINISHED"
 
 
+def test_a_finished_run_whose_messenger_died_is_delivered_when_it_is_trained_again(
+    stream: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as alone:
+        alone.setenv("TREELORA_TRACKING", "journal")
+        done = run(made(stream, runs, "unheard"))
+    assert not (done.folder / sender.CURSOR).exists()
+    run(made(stream, runs, "unheard"))
+    complete(done.folder)
+    assert mlflow_run(done.folder)[1].info.status == "FINISHED"
+
+
 def test_what_is_delivered_twice_is_stored_once(stream: Path, runs: Path) -> None:
     done = run(made(stream, runs, "twice"))
     client, before = mlflow_run(done.folder)

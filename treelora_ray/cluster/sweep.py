@@ -34,6 +34,11 @@ from treelora_ray.data.stream import open_stream
 from treelora_ray.files import locked
 from treelora_ray.models.kept import Backbones
 from treelora_ray.store import RunFolder, joined, local_path, open_folder
+from treelora_ray.tracking.journal import FILE as JOURNAL
+from treelora_ray.tracking.journal import read
+from treelora_ray.tracking.sender import sync
+from treelora_ray.tracking.store import explained
+from treelora_ray.tracking.tracked import VARIABLE
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -87,6 +92,7 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
         return
     base = sweep.base
     _say_where(sweep, listener)
+    _deliver(sweep, listener)
     with connected(base.cluster, listener) as own, _quiet():
         require_room(_of_trial(base), listener, own)
         _say_gpus(sweep, listener)
@@ -136,6 +142,23 @@ def _say_where(sweep: Sweep, listener: Listener) -> None:
         listener.note(f"the space has {sweep.wanted} settings, fewer than the {options.trials} trials asked for")
     if options.search == "grid" and (size := sweep.space.size) > sweep.wanted:
         listener.note(f"the grid has {size} settings: {sweep.wanted} of them are tried, drawn by the seed")
+
+
+def _deliver(sweep: Sweep, listener: Listener) -> None:
+    """A driver that died took the messengers of its trials along: what these had still to tell MLflow is told now."""
+    if (os.environ.get(VARIABLE) or sweep.base.tracking.to) != "mlflow":
+        return
+    for trial in (*sweep.trials, *sweep.again):
+        folder = sweep.folder.path / trial.run
+        if not trial.over or not (entries := read(folder / JOURNAL)):
+            continue
+        if trial.state == "finished" and entries[-1]["kind"] != "ends":
+            trial.state = "waiting"  # its run has nothing left to learn, and says that it has ended
+            continue
+        try:
+            sync(folder)
+        except Exception as error:  # of MLflow, which may come back
+            listener.note(f"MLflow does not hear of {trial.id} ({explained(error)}): treelora track sync {folder}")
 
 
 def _say_gpus(sweep: Sweep, listener: Listener) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from treelora_ray.config import TrackingConfig
 from treelora_ray.tracking.about import described
 from treelora_ray.tracking.journal import Journal
-from treelora_ray.tracking.sender import Sender
+from treelora_ray.tracking.sender import Delivery, Sender
 from treelora_ray.training.errors import RunError
 from treelora_ray.training.tracker import Tracker
 
@@ -58,7 +58,7 @@ class Tracked(Told):
 
     def begins(self, about: Mapping[str, Any], fresh: bool, left: int) -> None:
         super().begins(about, fresh, left)
-        if self.descriptor is None:  # there is nothing to tell
+        if self.descriptor is None and not Delivery(self.folder).waiting:  # all is told, and delivered
             return
         self.sender = Sender(self.folder, self.say)
         if self.config.required and not self.sender.connected(FIRST_CONTACT):

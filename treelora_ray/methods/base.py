@@ -59,16 +59,23 @@ class Method:
         """Which tasks are learnt together, in order."""
         return [(task,) for task in range(tasks)]
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether the unit also trains the head's rows of earlier tasks, whatever competes in the loss of its own."""
+        return False
+
+    @property
+    def _current(self) -> bool:
+        return self.learner.config.objective.ce_scope == "current"
+
     def competing(self) -> list[int]:
         """The rows of the head that are trained with this unit."""
-        learner = self.learner
-        if learner.config.objective.ce_scope == "current":
-            return learner.head.of_tasks(learner.unit)
-        return learner.head.of_all()
+        head = self.learner.head
+        return head.of_tasks(self.learner.unit) if self._current and not self.looks_back else head.of_all()
 
     def own_classes(self) -> Sequence[int] | None:
         """Tasks whose classes compete together, where rows of other tasks compete among their own; None: all do."""
-        return None
+        return self.learner.unit if self._current and self.looks_back else None
 
     def steps(self, planned: int) -> int:
         """How many of the steps that the config plans for a unit it takes; 0: the unit is looked at, not trained on."""

@@ -58,14 +58,8 @@ class DerPlusPlus(Method):
         return PER_TASK * len(self.learner.tasks) if self.options.memory is None else self.options.memory
 
     @property
-    def _remembers(self) -> bool:
+    def looks_back(self) -> bool:
         return bool(self.alpha or self.beta) and self.capacity > 0
-
-    def competing(self) -> list[int]:
-        return self.learner.head.of_all() if self._remembers else super().competing()
-
-    def own_classes(self) -> Sequence[int] | None:
-        return self.learner.unit if self._remembers and self.learner.config.objective.ce_scope == "current" else None
 
     # -- a step: presented ─► draws from the buffer as it was ─► offered
 
@@ -74,11 +68,11 @@ class DerPlusPlus(Method):
         return drawn
 
     def loss_terms(self, batch: Batch, said: Any) -> None:
-        if self._remembers and self.options.logits_at == "presentation":
+        if self.looks_back and self.options.logits_at == "presentation":
             self.presented += self.heard(batch, said)
 
     def edit_gradients(self, step: int, loss: float) -> None:  # noqa: ARG002
-        if not self._remembers:
+        if not self.looks_back:
             return
         learner = self.learner
         with learner.effort.timed("memory"):
@@ -167,7 +161,7 @@ class DerPlusPlus(Method):
     @torch.no_grad()
     def after_task(self) -> None:
         self.presented = []
-        if not self._remembers or self.options.logits_at == "presentation":
+        if not self.looks_back or self.options.logits_at == "presentation":
             return
         learner, size = self.learner, self.learner.config.evaluate.batch * self.learner.comm.workers
         refs = learner.refs(np.arange(learner.unit_rows))

@@ -5,7 +5,7 @@ Li and Hoiem 2016, arXiv 1606.09282.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,18 +34,12 @@ class Lwf(Method):
         self.teacher: Tensor | None = None  # as a whole vector
 
     @property
-    def _teaches(self) -> bool:
+    def looks_back(self) -> bool:
+        """Old rows of the head are trained by what is distilled, and by nothing else."""
         return bool(self.strength) and self.teacher is not None
 
-    def competing(self) -> list[int]:
-        """Old rows of the head are trained by what is distilled, and by nothing else."""
-        return self.learner.head.of_all() if self._teaches else super().competing()
-
-    def own_classes(self) -> Sequence[int] | None:
-        return self.learner.unit if self._teaches and self.learner.config.objective.ce_scope == "current" else None
-
     def loss_terms(self, batch: Batch, said: Any) -> Tensor | None:
-        if not self._teaches:
+        if not self.looks_back:
             return None
         old = self.taught(batch)
         return self.strength * distillation(outputs.logits(batch, said)[:, : old.shape[1]], old, self.temperature)

@@ -66,11 +66,7 @@ class Ogd(Method):
             for place, gradient in of_each(learner, refs, right_logit):
                 found[place] = gradient
             learner.comm.sum_(found)
-        known = torch.zeros(len(self.basis), whole.size(learner), device=learner.device)
-        known[:, : self.basis.shape[1]] = self.basis
-        wide = torch.zeros(len(refs), whole.size(learner), device=learner.device)
-        wide[:, whole.places(learner)] = found
-        self.basis = extended(known, wide)
+        self.basis = extended(whole.grown(learner, self.basis), whole.spread(learner, found))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"basis": self.basis}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,11 +29,9 @@ class Remembering(Method):
         self.memory: dict[int, list[Ref]] = {}  # by task
         self.edited = 0  # steps of the unit whose gradient was changed
 
-    def competing(self) -> list[int]:
-        return self.learner.head.of_all() if self.memory else super().competing()
-
-    def own_classes(self) -> Sequence[int] | None:
-        return self.learner.unit if self.memory and self.learner.config.objective.ce_scope == "current" else None
+    @property
+    def looks_back(self) -> bool:
+        return bool(self.memory)
 
     def before_task(self) -> None:
         self.edited = 0

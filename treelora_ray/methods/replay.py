@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,17 +32,12 @@ class Replay(Method):
     def memory(self) -> list[Ref]:
         return self.buffer.rows()
 
-    def competing(self) -> list[int]:
-        if not self.memory or not self.extra:
-            return super().competing()
-        return self.learner.head.of_all()
-
-    def own_classes(self) -> Sequence[int] | None:
-        current = self.learner.config.objective.ce_scope == "current"
-        return self.learner.unit if current and self.memory and self.extra else None
+    @property
+    def looks_back(self) -> bool:
+        return bool(self.memory and self.extra)
 
     def rows(self, step: int, drawn: list[Ref]) -> list[Ref]:
-        if not self.memory or not self.extra:
+        if not self.looks_back:
             return drawn
         known, key = self.memory, f"{self.learner.config.seed}/{self.learner.unit_name}/replay"
         return drawn + [known[place] for place in memory.walk(len(known), self.extra, step, key)]

@@ -7,6 +7,7 @@ keeps of a task (importance, anchors, directions) must find its place again when
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from treelora_ray.methods.learner import Learner
@@ -35,15 +36,17 @@ def values(learner: Learner) -> Tensor:
 
 
 def spread(learner: Learner, vector: Tensor) -> Tensor:
-    """[theta] -> [size], zero where nothing is trained."""
-    found = torch.zeros(size(learner), dtype=vector.dtype, device=learner.device)
-    found[places(learner)] = vector
+    """[..., theta] -> [..., size], zero where nothing is trained."""
+    found = torch.zeros(*vector.shape[:-1], size(learner), dtype=vector.dtype, device=learner.device)
+    found[..., places(learner)] = vector
     return found
+
+
+def grown(learner: Learner, kept: Tensor) -> Tensor:
+    """[..., size at some time] -> [..., size], zero for rows that came later."""
+    return F.pad(kept.to(learner.device), (0, size(learner) - kept.shape[-1]))
 
 
 def trained(learner: Learner, kept: Tensor) -> Tensor:
     """[..., size at some time] -> [..., theta] what is in training now; zero for rows that came later."""
-    kept = kept.to(learner.device)
-    wide = torch.zeros(*kept.shape[:-1], size(learner), dtype=kept.dtype, device=learner.device)
-    wide[..., : kept.shape[-1]] = kept
-    return wide[..., places(learner)]
+    return grown(learner, kept)[..., places(learner)]

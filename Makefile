@@ -38,10 +38,10 @@ lint: $(STAMP)  ## Check style and format
 types: $(STAMP)  ## Check types
 	$(BIN)/mypy treelora_ray tests benchmarks pipelines
 
-# JOBS processes share the fast tests: those that use Ray stay with one of them (tests/conftest.py).
+# JOBS processes share the fast tests, a file at a time: what a file's tests share (a stream, a database) is made once.
 JOBS ?= 2
 test: lint types  ## Lint, types and the fast tests, with 95% branch coverage of treelora_ray/core
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --cov=treelora_ray --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov=treelora_ray --cov-report=term-missing:skip-covered
 	$(BIN)/coverage report --include='treelora_ray/core/*' --skip-covered --fail-under=95
 
 # pytest exits with 5 when it collects no test, which is no failure here.

@@ -16,16 +16,6 @@ settings.register_profile("busy", deadline=None)
 settings.load_profile("busy")
 
 
-RAY = {"cluster", "ray_data"}  # fixtures
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests, a file stays with one of them, and all that starts Ray does."""
-    for item in items:
-        on_ray = "faults" in item.path.parts or RAY & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("ray" if on_ray else item.path.name))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is made once and kept is kept for these tests alone."""

@@ -39,6 +39,8 @@ class Method:
     """What workers add up or tell each other."""
     routes: ClassVar[bool] = True
     """Whether a task is inferred first, whose classes then answer; else classes of all tasks compete."""
+    adapts: ClassVar[bool] = True
+    """Whether the adapter is trained."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -81,6 +83,13 @@ class Method:
         """How many of the steps that the config plans for a unit it takes; 0: the unit is looked at, not trained on."""
         return planned
 
+    def own_parameters(self) -> Tensor | None:
+        """[n] values at first of what is trained with the unit beside adapter and head; None: nothing.
+
+        They are `learner.own_parameter` then, which the forward pass may use in any way.
+        """
+        return None
+
     def before_stream(self) -> None:
         """A new run begins; not called where one goes on."""
 
@@ -107,6 +116,18 @@ class Method:
     def answer(self, task: int) -> Tensor:  # noqa: ARG002
         """[total] the adapter that answers for a task."""
         return self.learner.adapter
+
+    def answering(self, task: int) -> AbstractContextManager[None]:
+        """Within it the model says what it says for a task."""
+        return self.learner.holding(self.answer(task))
+
+    def route(self, features: Tensor) -> Tensor:
+        """Frozen features [B, d] -> the task [B] that answers for each."""
+        return self.learner.router.route(features)
+
+    def among(self, task: int) -> Sequence[int]:
+        """The rows of the head that compete for an answer, once a task is inferred or told."""
+        return self.learner.head.rows[task]
 
     def changed(self, unit: Sequence[int]) -> Sequence[int]:
         """Tasks whose answering adapter has changed with this unit."""

@@ -1,7 +1,8 @@
 """What learns: the model, its head and router, and the one flat buffer in which a task is trained.
 
-The buffer holds the adapter, then the rows of the head that compete, and its gradient has two places more, for
-the sum of losses and its count: one all-reduce per optimizer step carries everything.
+The buffer holds the adapter, then what the method trains beside it (prompts, keys, ...), then the rows of the head that
+compete; its gradient has two places more, for the sum of losses and its count: one all-reduce per optimizer step
+carries everything.
 """
 
 from __future__ import annotations
@@ -104,23 +105,45 @@ class Learner:
 
     # -- the buffer
 
-    def bind(self, rows: Sequence[int]) -> None:
-        """Lays the adapter and these rows of the head into one buffer, with one gradient."""
-        head = self.head.take(rows) if rows else torch.empty(0, device=self.device)
+    def bind(self, rows: Sequence[int], own: Tensor | None = None, adapts: bool = True) -> None:
+        """Lays adapter, parameters of the method's own and these rows of the head into one buffer, with one gradient.
+
+        `own` [n]: their values at first. `adapts`: whether the adapter is trained.
+        """
+        none = torch.empty(0, device=self.device)
+        parts = (none if own is None else own.reshape(-1).to(self.device), self.head.take(rows) if rows else none)
         size = self.layout.total
+        ends = size, size + parts[0].numel(), size + parts[0].numel() + parts[1].numel()
         self.rows = list(rows)
-        self.theta = torch.empty(size + head.numel(), device=self.device)
-        self.buffer = torch.zeros(size + head.numel() + 2, device=self.device)  # gradient, loss, count
-        self.theta[size:] = head
+        self.theta = torch.empty(ends[-1], device=self.device)
+        self.buffer = torch.zeros(ends[-1] + 2, device=self.device)  # gradient, loss, count
+        self.theta[size:] = torch.cat(parts)
         self.layout.bind(self.model.layers, self.theta[:size], self.buffer[:size])
-        self.head_parameter = torch.nn.Parameter(self.theta[size:])
-        self.adapter_parameter = torch.nn.Parameter(self.theta[:size])
-        self.adapter_parameter.grad, self.head_parameter.grad = self.buffer[:size], self.buffer[size:-2]
+        for factor in (factor for pair in self.model.layers.values() for factor in pair):
+            factor.requires_grad_(adapts)
+        places = {"adapter": slice(0, size), "own": slice(size, ends[1]), "head": slice(ends[1], ends[2])}
+        self.parameters = {}
+        for name, place in places.items():
+            self.parameters[name] = torch.nn.Parameter(self.theta[place], requires_grad=name != "adapter" or adapts)
+            self.parameters[name].grad = self.buffer[place]
 
     def compete(self, own: Sequence[int] | None) -> None:
         """Tells the objective which classes it trains: those in the buffer."""
         if isinstance(self.objective, Classification) and self.rows:
             self.objective.compete(self.rows, self.head_parameter, own)
+
+    @property
+    def adapter_parameter(self) -> torch.nn.Parameter:
+        return self.parameters["adapter"]
+
+    @property
+    def own_parameter(self) -> torch.nn.Parameter:
+        """What the method trains beside the adapter: what is computed from it is trained."""
+        return self.parameters["own"]
+
+    @property
+    def head_parameter(self) -> torch.nn.Parameter:
+        return self.parameters["head"]
 
     @property
     def adapter(self) -> Tensor:
@@ -129,7 +152,7 @@ class Learner:
 
     @property
     def grad(self) -> Tensor:
-        """[adapter and head] a view."""
+        """[adapter, own and head] a view."""
         return self.buffer[:-2]
 
     @property
@@ -164,10 +187,13 @@ class Learner:
     def start_optimizer(self) -> torch.optim.AdamW:
         """A new one for each task: moments of the task before would move what has no gradient now."""
         train = self.config.train
-        groups = [
-            {"params": [self.adapter_parameter], "lr": train.lr, "weight_decay": self._adapter_decay()},
-            {"params": [self.head_parameter], "lr": train.head_lr or train.lr, "weight_decay": 0.0},
-        ]
+        settings = {
+            "adapter": {"lr": train.lr, "weight_decay": self._adapter_decay()},
+            "own": {"lr": train.lr, "weight_decay": 0.0},
+            "head": {"lr": train.head_lr or train.lr, "weight_decay": 0.0},
+        }
+        trained = {name: each for name, each in self.parameters.items() if each.requires_grad}
+        groups = [{"params": [each], **settings[name]} for name, each in trained.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=train.betas, fused=True)
         for group in self.optimizer.param_groups:
             group["base_lr"] = group["lr"]

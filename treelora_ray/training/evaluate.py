@@ -75,7 +75,7 @@ class Evaluator:
                 self.features[key] = features
         else:
             features = self.features[key]
-        return learner.router.route(features.to(learner.device)).cpu().numpy()
+        return self.method.route(features.to(learner.device)).cpu().numpy()
 
     @torch.no_grad()
     def _frozen(self, rows: Rows) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Evaluator:
         for task in np.unique(routes).tolist():
             mine = np.flatnonzero(routes == task)
             among = self._classes(task) if classifies else None
-            with learner.holding(self.method.answer(task)):
+            with self.method.answering(task):
                 for at in range(0, len(mine), learner.config.evaluate.batch):
                     part = mine[at : at + learner.config.evaluate.batch]
                     columns = rows.take(part)
@@ -110,5 +110,4 @@ class Evaluator:
 
     def _classes(self, task: int) -> Sequence[int] | None:
         """Classes that compete in an answer: the route's own, or all seen where nothing is routed."""
-        head = self.learner.head
-        return head.of_all() if self.routing == "last" else head.rows[task]
+        return self.learner.head.of_all() if self.routing == "last" else self.method.among(task)

@@ -31,7 +31,7 @@ def begin_task(method: Method, unit: tuple[int, ...]) -> None:
 def attach(method: Method) -> None:
     """Binds the unit's part of the head, which the loss then competes in; also after a resume."""
     learner = method.learner
-    learner.bind(method.competing() if learner.head.rows else [])
+    learner.bind(method.competing() if learner.head.rows else [], method.own_parameters(), method.adapts)
     learner.compete(method.own_classes())
     learner.steps = method.steps(steps_of(learner, learner.unit))
 

@@ -118,7 +118,7 @@ def capture(method: Method, step: int | None) -> tuple[dict[str, Tensor], dict[s
     tensors |= {f"router.{name}": value for name, value in learner.router.tensors().items()}
     tensors |= {f"method.{name}": value for name, value in method.tensors().items()}
     if step is not None and learner.optimizer is not None:
-        for kind, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
+        for kind, parameter in learner.parameters.items():
             for name, value in learner.optimizer.state[parameter].items():
                 tensors[f"adam.{kind}.{name}"] = value
     meta = {
@@ -148,7 +148,7 @@ def restore(method: Method, tensors: Mapping[str, Tensor], meta: Mapping[str, An
     attach(method)
     learner.theta.copy_(tensors["theta"])
     optimizer = learner.start_optimizer()
-    for kind, parameter in (("adapter", learner.adapter_parameter), ("head", learner.head_parameter)):
+    for kind, parameter in learner.parameters.items():
         # The count of steps too: fused AdamW keeps it where the moments are.
         moments = {name: value.clone().to(learner.device) for name, value in part(tensors, f"adam.{kind}").items()}
         if moments:

@@ -268,6 +268,23 @@ def test_the_store_of_another_version_says_what_to_do() -> None:
     assert "mlflow db upgrade" in explained(error)
 
 
+def test_an_experiment_made_through_a_server_is_not_written_past_it(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are the server's: what MLflow then fails on is said, and delivered through the server."""
+    said, port = Notes(), ui.free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with served(tmp_path, port):
+        MlflowClient(uri).create_experiment("images")
+        done = run(made(stream, tmp_path, "past"), listener=said)
+        assert done.finished
+        assert any("made through an MLflow server" in note for note in said.notes)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        sender.sync(done.folder)
+        complete(done.folder, uri)
+        assert mlflow_run(done.folder, uri)[1].info.status == "FINISHED"
+
+
 @contextlib.contextmanager
 def served(runs: Path, port: int) -> Iterator[None]:
     with (runs / "server.log").open("w") as log:

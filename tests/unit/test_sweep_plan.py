@@ -13,13 +13,14 @@ import pytest
 from treelora_ray.cluster import sweep_trial
 from treelora_ray.cluster.errors import ClusterError
 from treelora_ray.cluster.parameters import Parameter, Space
-from treelora_ray.cluster.sweep import at_once
+from treelora_ray.cluster.sweep import _deliver, at_once
 from treelora_ray.cluster.sweep_plan import FILE, Sweep, SweepOptions, Trial
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
 from treelora_ray.cluster.sweep_trial import Scores, Work
 from treelora_ray.config import ConfigError, from_mapping, load
 from treelora_ray.store import open_folder
+from treelora_ray.tracking.journal import FILE as JOURNAL
 from treelora_ray.training.errors import Stopped
 from treelora_ray.training.stream import Listener
 
@@ -432,3 +433,23 @@ def test_what_ends_a_run_is_raised_where_tune_asks(monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="disk is full"):
         work.next(9)
     work.end()
+
+
+@pytest.mark.parametrize(("last", "becomes"), [("learnt", "waiting"), ("ends", "finished")])
+def test_a_finished_trial_that_never_said_its_end_is_taken_up_again_to_say_it(
+    last: str, becomes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver was killed between the last task and the end: MLflow would show it running for ever."""
+    monkeypatch.setenv("TREELORA_TRACKING", "mlflow")
+    delivered: list[Path] = []
+    monkeypatch.setattr("treelora_ray.cluster.sweep.sync", delivered.append)
+    sweep = made(tmp_path)
+    trial = sweep.trials[0]
+    trial.state = "finished"
+    folder = sweep.folder.path / trial.run
+    folder.mkdir(parents=True)
+    journal = [{"kind": kind, "at": 0} for kind in ("begins", last)]
+    (folder / JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in journal))
+    _deliver(sweep, Listener())
+    assert trial.state == becomes
+    assert delivered == ([folder] if last == "ends" else [])

@@ -36,6 +36,11 @@ def explained(error: Exception) -> str:
     text = " ".join(shown(str(error)).split())
     if "out-of-date database schema" in text or "Detected out-of-date" in text:
         return "the MLflow store has the schema of another version: `mlflow db upgrade URI` after a backup"
+    if "mlflow-artifacts URI was supplied" in text:
+        return (
+            "the experiment was made through an MLflow server, which keeps its files: give the server's address "
+            "(tracking.uri or MLFLOW_TRACKING_URI), here and for `treelora track sync`"
+        )
     if "Permission denied" in text or isinstance(error, PermissionError):
         return f"MLflow's store or its artifacts cannot be written ({text[:200]}): check the rights"
     if any(word in text for word in ("Max retries exceeded", "Connection refused", "Failed to establish", "timed out")):

@@ -96,7 +96,12 @@ def reused(done: Run) -> list[tuple[float, float]]:
     return [(each.get("probe_rounds", 0), each.get("pass_rows", 0)) for each in found]
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "scope-seen", "labels-shared"])
+# One that looks at statistics alone, those that probe in ways of their own, and what changes a look; others are slow.
+LOOKING = ["seqlora", "treelora", "treelora-query", "paper", "ncm", "o-lora", "scope-seen", "labels-shared"]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in LOOKING]
+
+
+@pytest.mark.parametrize("variant", [*LOOKING, *OTHERS])
 def test_the_second_of_two_runs_learns_what_it_learns_alone(
     variant: str, backbone: Path, data: Path, tmp_path: Path, work: Work
 ) -> None:

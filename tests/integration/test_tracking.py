@@ -50,7 +50,7 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(stream: Path, runs: Path, name: str, **tracking: Any) -> dict[str, Any]:
-    found = config(stream, runs, "treelora", tracking={"every": 2, "model": False, **tracking})
+    found = config(stream, runs, "treelora", tracking={"every": 2, "model": False, "report": False, **tracking})
     return {**found, "name": name}
 
 
@@ -93,7 +93,7 @@ def complete(folder: Path, uri: str | None = None) -> None:
 
 
 def test_a_run_is_in_mlflow_with_its_params_tags_data_metrics_and_files(stream: Path, runs: Path) -> None:
-    done = run(made(stream, runs, "whole", group="night"))
+    done = run(made(stream, runs, "whole", group="night", report=True))
     complete(done.folder)
     client, found = mlflow_run(done.folder)
     assert found.info.status == "FINISHED"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from treelora_ray.config import Options
 
@@ -152,6 +152,45 @@ class NcmOptions(Options):
     """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
+class SdLoraOptions(Options):
+    """An adapter for each task, of which a direction of length 1 is kept; how far to go along each is learnt on."""
+
+    norm: Literal["joint", "module"] = "joint"
+    """What has length 1: a direction over all its layers together, or in each of them."""
+    alpha_scope: Literal["task", "module"] = "task"
+    """One magnitude for a direction, or one for each of its layers."""
+    alpha_start: Annotated[float, Field(gt=0)] = 1.0
+    """The magnitude of a task's own adapter when it begins."""
+    alpha_init: Literal["carry", "reset"] = "carry"
+    """Magnitudes of earlier directions go on from task to task, or are set to `alpha_start` at the start of each."""
+    rank_schedule: list[tuple[Positive, Positive]] | None = None
+    """Ranks of adapters that change over the stream, as [[1, 10], [5, 8], [9, 6]]: from the first task on 10, from the
+    fifth on 8, ...; `model.lora.rank` is the largest of them. Left out: it is the rank of all."""
+    absorb: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A direction of which earlier ones leave out no more than this share of its square length is not kept: their
+    magnitudes take it up; 9e-4 in the paper. Left out: all are kept."""
+
+    @field_validator("rank_schedule")
+    @classmethod
+    def _rising(cls, value: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+        first = [task for task, _ in value or [(1, 1)]]
+        if first[:1] != [1] or sorted(set(first)) != first:
+            raise ValueError(
+                f"the first entry is of task 1, each other of a later task than the one before; got {first}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _absorbs(self) -> SdLoraOptions:
+        if self.absorb is not None and self.alpha_init == "reset":
+            raise ValueError("absorb puts a task into magnitudes, which alpha_init reset forgets: use alpha_init carry")
+        if self.absorb is not None and self.norm == "module" and self.alpha_scope == "task":
+            raise ValueError(
+                "absorb with norm module has weights for each layer: use alpha_scope module, or norm joint"
+            )
+        return self
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -204,5 +243,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "der++": DerOptions,
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
+    "sd-lora": SdLoraOptions,
     "treelora": TreeLoraOptions,
 }

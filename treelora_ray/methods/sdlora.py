@@ -52,7 +52,7 @@ class SdLora(Method):
         self.magnitudes = torch.zeros(0, self.places, device=learner.device)  # [slots, places] of the directions
         self.learning = False
         self.frozen: dict[str, tuple[Tensor, Tensor]] = {}  # by layer, all directions' A [R, d_in] and B [d_out, R]
-        self.slot = torch.zeros(0, dtype=torch.long, device=learner.device)  # [R] the direction each rank is part of
+        self.part = torch.zeros(0, 0, device=learner.device)  # [R, slots] 1 where a rank is of a direction, else 0
         self.said: dict[str, Any] = {}
         self._require_ranks()
         for number, name in enumerate(learner.layout.names):
@@ -89,8 +89,13 @@ class SdLora(Method):
         if module.disable_adapters or not self.frozen:
             return None
         a, b = self.frozen[name]
-        far = self.now()[:, place].index_select(0, self.slot)
+        far = self._by_rank(self.now()[: self.part.shape[1], place])
         return (said + F.linear(F.linear(given[0].to(a.dtype), a) * far, b)).to(said.dtype)
+
+    def _by_rank(self, magnitudes: Tensor) -> Tensor:
+        """[slots] -> [R]. Not by indices, whose gradient a GPU adds up in any order; nor as a product, which autocast
+        rounds."""
+        return (self.part * magnitudes).sum(1)
 
     # -- a task
 
@@ -182,8 +187,9 @@ class SdLora(Method):
             pairs = [(part[name], rank) for part, rank in zip(parts, ranks, strict=True)]
             a = torch.cat([a[:rank] for (a, _), rank in pairs])
             self.frozen[name] = a, torch.cat([b[:, :rank] for (_, b), rank in pairs], dim=1)
-        self.slot = torch.repeat_interleave(torch.arange(len(tasks)), torch.tensor(ranks, dtype=torch.long))
-        self.slot = self.slot.to(learner.device)
+        slots = torch.arange(len(tasks))
+        of = torch.repeat_interleave(slots, torch.tensor(ranks, dtype=torch.long))
+        self.part = (of.unsqueeze(1) == slots).float().to(learner.device)
 
     # -- what is there between tasks
 
@@ -193,7 +199,7 @@ class SdLora(Method):
             return super().factors(task)
         found = {}
         for number, (name, (a, b)) in enumerate(self.frozen.items()):
-            far = self.magnitudes[:, number if self.places > 1 else 0][self.slot]
+            far = self._by_rank(self.magnitudes[:, number if self.places > 1 else 0])
             found[name] = a, b * far / self.learner.model.scaling
         return found
 

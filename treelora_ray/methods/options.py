@@ -191,6 +191,29 @@ class SdLoraOptions(Options):
         return self
 
 
+class TaslOptions(Options):
+    """One adapter; after each task every part of it is the old one, the new one or between, by whom it matters to."""
+
+    unit: Literal["rank", "matrix"] = "rank"
+    """The parts: a row of A with its column of B, or a matrix."""
+    weights: Literal["thresholds", "softmax"] = "thresholds"
+    """How importances make the old part's share: by whether each is among the largest, or by their softmax."""
+    quantile: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Thresholds: a part is important whose importance reaches this quantile of all parts'."""
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Thresholds: the old one's share in a part that is important to the tasks before and to the new one."""
+    temperature: Annotated[float, Field(gt=0)] = 0.25
+    """Softmax: both importances are divided by it."""
+    keep_importance: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """The share of the tasks before in the importance that goes on."""
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """What is left of the running mean of sensitivities at each step."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """The same of the running mean of their distance from the first."""
+    warmup: Annotated[int, Field(ge=0)] = 50
+    """Steps of a task before sensitivities are measured; of a short task half of its steps at most."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -244,5 +267,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
     "sd-lora": SdLoraOptions,
+    "tasl": TaslOptions,
     "treelora": TreeLoraOptions,
 }

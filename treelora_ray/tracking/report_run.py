@@ -50,7 +50,7 @@ CAPTIONS = {
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 # Methods whose adapter goes on from task to task.
-ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
+ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++", "tasl")
 
 
 def one_run(run: Run) -> str:

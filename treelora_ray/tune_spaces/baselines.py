@@ -100,6 +100,16 @@ def sd_lora() -> dict[str, Any]:
     }
 
 
+def tasl() -> dict[str, Any]:
+    """One adapter, whose parts are consolidated after each task."""
+    return {
+        **_common("tasl"),
+        "method.unit": tune.choice(["rank", "matrix"]),
+        "method.weights": tune.choice(["thresholds", "softmax"]),
+        "method.warmup": tune.choice([0, 10, 50]),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from treelora_ray.config import Options
 
@@ -180,15 +180,15 @@ class SdLoraOptions(Options):
             )
         return value
 
-    @model_validator(mode="after")
-    def _absorbs(self) -> SdLoraOptions:
-        if self.absorb is not None and self.alpha_init == "reset":
-            raise ValueError("absorb puts a task into magnitudes, which alpha_init reset forgets: use alpha_init carry")
-        if self.absorb is not None and self.norm == "module" and self.alpha_scope == "task":
-            raise ValueError(
-                "absorb with norm module has weights for each layer: use alpha_scope module, or norm joint"
-            )
-        return self
+    @field_validator("absorb")
+    @classmethod
+    def _absorbs(cls, value: float | None, others: ValidationInfo) -> float | None:
+        found = others.data
+        if value is not None and found.get("alpha_init") == "reset":
+            raise ValueError("it puts a task into magnitudes, which alpha_init reset forgets: use alpha_init carry")
+        if value is not None and found.get("norm") == "module" and found.get("alpha_scope") == "task":
+            raise ValueError("with norm module it has weights for each layer: use alpha_scope module, or norm joint")
+        return value
 
 
 class TaslOptions(Options):

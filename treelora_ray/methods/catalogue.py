@@ -12,7 +12,9 @@ from treelora_ray.methods import (
     ogd,
     olora,
     replay,
+    sdlora,
     seqlora,
+    tasl,
     treelora,
 )
 from treelora_ray.methods.base import METHODS, Method, make, register
@@ -33,6 +35,8 @@ __all__ = [
     "olora",
     "register",
     "replay",
+    "sdlora",
     "seqlora",
+    "tasl",
     "treelora",
 ]

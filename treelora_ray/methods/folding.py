@@ -16,6 +16,18 @@ from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Learner
 
 
+def fresh(learner: Learner) -> Tensor:
+    """[total] A drawn as a new adapter's is, from seed and task; B = 0."""
+    found = torch.zeros(learner.layout.total)
+    for name, (a, _) in learner.layout.views(found):
+        generator = torch.Generator().manual_seed(
+            memory.number(f"{learner.config.seed}/{learner.unit_name}/{name}/fresh")
+        )
+        bound = 1 / math.sqrt(a.shape[1])  # what kaiming_uniform_ with a = sqrt(5) draws from
+        a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+    return found
+
+
 class Folding(Method):
     """What methods have in common that fold. Each task has a fresh adapter, the first one the anchor."""
 
@@ -25,16 +37,7 @@ class Folding(Method):
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # by layer: as loaded, and with all that was folded in
 
     def fresh(self) -> Tensor:
-        """[total] A drawn as a new adapter's is, from seed and task; B = 0."""
-        learner = self.learner
-        found = torch.zeros(learner.layout.total)
-        for name, (a, _) in learner.layout.views(found):
-            generator = torch.Generator().manual_seed(
-                memory.number(f"{learner.config.seed}/{learner.unit_name}/{name}/fresh")
-            )
-            bound = 1 / math.sqrt(a.shape[1])  # what kaiming_uniform_ with a = sqrt(5) draws from
-            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
-        return found
+        return fresh(self.learner)
 
     def before_task(self) -> None:
         if self.folded:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator
 
 from treelora_ray.config import Options
 
@@ -152,6 +152,68 @@ class NcmOptions(Options):
     """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
+class SdLoraOptions(Options):
+    """An adapter for each task, of which a direction of length 1 is kept; how far to go along each is learnt on."""
+
+    norm: Literal["joint", "module"] = "joint"
+    """What has length 1: a direction over all its layers together, or in each of them."""
+    alpha_scope: Literal["task", "module"] = "task"
+    """One magnitude for a direction, or one for each of its layers."""
+    alpha_start: Annotated[float, Field(gt=0)] = 1.0
+    """The magnitude of a task's own adapter when it begins."""
+    alpha_init: Literal["carry", "reset"] = "carry"
+    """Magnitudes of earlier directions go on from task to task, or are set to `alpha_start` at the start of each."""
+    rank_schedule: list[tuple[Positive, Positive]] | None = None
+    """Ranks of adapters that change over the stream, as [[1, 10], [5, 8], [9, 6]]: from the first task on 10, from the
+    fifth on 8, ...; `model.lora.rank` is the largest of them. Left out: it is the rank of all."""
+    absorb: Annotated[float, Field(ge=0, le=1)] | None = None
+    """A direction of which earlier ones leave out no more than this share of its square length is not kept: their
+    magnitudes take it up; 9e-4 in the paper. Left out: all are kept."""
+
+    @field_validator("rank_schedule")
+    @classmethod
+    def _rising(cls, value: list[tuple[int, int]] | None) -> list[tuple[int, int]] | None:
+        first = [task for task, _ in value or [(1, 1)]]
+        if first[:1] != [1] or sorted(set(first)) != first:
+            raise ValueError(
+                f"the first entry is of task 1, each other of a later task than the one before; got {first}"
+            )
+        return value
+
+    @field_validator("absorb")
+    @classmethod
+    def _absorbs(cls, value: float | None, others: ValidationInfo) -> float | None:
+        found = others.data
+        if value is not None and found.get("alpha_init") == "reset":
+            raise ValueError("it puts a task into magnitudes, which alpha_init reset forgets: use alpha_init carry")
+        if value is not None and found.get("norm") == "module" and found.get("alpha_scope") == "task":
+            raise ValueError("with norm module it has weights for each layer: use alpha_scope module, or norm joint")
+        return value
+
+
+class TaslOptions(Options):
+    """One adapter; after each task every part of it is the old one, the new one or between, by whom it matters to."""
+
+    unit: Literal["rank", "matrix"] = "rank"
+    """The parts: a row of A with its column of B, or a matrix."""
+    weights: Literal["thresholds", "softmax"] = "thresholds"
+    """How importances make the old part's share: by whether each is among the largest, or by their softmax."""
+    quantile: Annotated[float, Field(ge=0, le=1)] = 0.8
+    """Thresholds: a part is important whose importance reaches this quantile of all parts'."""
+    keep: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Thresholds: the old one's share in a part that is important to the tasks before and to the new one."""
+    temperature: Annotated[float, Field(gt=0)] = 0.25
+    """Softmax: both importances are divided by it."""
+    keep_importance: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """The share of the tasks before in the importance that goes on."""
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """What is left of the running mean of sensitivities at each step."""
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.85
+    """The same of the running mean of their distance from the first."""
+    warmup: Annotated[int, Field(ge=0)] = 50
+    """Steps of a task before sensitivities are measured; of a short task half of its steps at most."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -204,5 +266,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "der++": DerOptions,
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
+    "sd-lora": SdLoraOptions,
+    "tasl": TaslOptions,
     "treelora": TreeLoraOptions,
 }

@@ -50,7 +50,7 @@ CAPTIONS = {
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 # Methods whose adapter goes on from task to task.
-ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
+ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++", "tasl")
 
 
 def one_run(run: Run) -> str:
@@ -236,6 +236,8 @@ def start_of(method: Mapping[str, Any]) -> str:
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
     if method.get("variant") == "merge_new" or method["name"] == "o-lora":
         return "fresh, on weights with the tasks before folded in"
+    if method["name"] == "sd-lora":
+        return "fresh, beside the directions of the tasks before"
     return known.get(method["name"], NOT_RECORDED)
 
 

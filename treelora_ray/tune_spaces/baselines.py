@@ -1,4 +1,4 @@
-"""What the other methods have to set: a function for each, named `baselines:METHOD` (der++: derpp, o-lora: o_lora).
+"""What the other methods have to set: a function for each, named `baselines:METHOD` (der++: derpp, dashes: o_lora).
 
 Each replaces the base config's method whole, and searches rank and learning rate over the ranges of treelora.
 """
@@ -89,6 +89,25 @@ def o_lora() -> dict[str, Any]:
 def ncm() -> dict[str, Any]:
     """Nearest class means of frozen features, where nothing is trained."""
     return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
+
+
+def sd_lora() -> dict[str, Any]:
+    """A direction a task, along each of which it is learnt how far to go."""
+    return {
+        **_common("sd-lora"),
+        "method.alpha_scope": tune.choice(["task", "module"]),
+        "method.alpha_init": tune.choice(["carry", "reset"]),
+    }
+
+
+def tasl() -> dict[str, Any]:
+    """One adapter, whose parts are consolidated after each task."""
+    return {
+        **_common("tasl"),
+        "method.unit": tune.choice(["rank", "matrix"]),
+        "method.weights": tune.choice(["thresholds", "softmax"]),
+        "method.warmup": tune.choice([0, 10, 50]),
+    }
 
 
 def _common(method: str) -> dict[str, Any]:

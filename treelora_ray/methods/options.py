@@ -152,6 +152,14 @@ class NcmOptions(Options):
     """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
+class InfLoraOptions(Options):
+    """An adapter for each task, which reads what earlier tasks' inputs have left free; all of them answer together."""
+
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Share of the energy of each layer's inputs whose directions are used up by the first task; with each further task
+    of the stream it rises evenly towards 1."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -204,5 +212,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "der++": DerOptions,
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
+    "inflora": InfLoraOptions,
     "treelora": TreeLoraOptions,
 }

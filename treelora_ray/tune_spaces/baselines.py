@@ -91,6 +91,11 @@ def ncm() -> dict[str, Any]:
     return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
 
 
+def inflora() -> dict[str, Any]:
+    """An adapter a task, each in what inputs of earlier tasks leave free."""
+    return {**_common("inflora"), "method.epsilon": tune.uniform(0.8, 1.0)}
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -44,6 +44,8 @@ VARIANTS: dict[str, Options] = {
     "ncm": {"name": "ncm"},
     "ncm-first": {"name": "ncm", "features": "first_task", "score": "mahalanobis"},
     "inflora": {"name": "inflora"},
+    "slao": {"name": "slao"},
+    "slao-ncm": {"name": "slao", "start": "continuous", "lambda": "mean", "head": "ncm"},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -290,7 +292,12 @@ LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}}
 
 
 @pytest.mark.parametrize(
-    "variant", [name for name in VARIANTS if "causal-lm" in METHODS[VARIANTS[name]["name"]].objectives]
+    "variant",
+    [
+        name
+        for name, options in VARIANTS.items()
+        if "causal-lm" in METHODS[options["name"]].objectives and options.get("head") != "ncm"
+    ],
 )
 def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
     variant: str, tmp_path: Path, llama: Path

@@ -14,6 +14,7 @@ from treelora_ray.methods import (
     olora,
     replay,
     seqlora,
+    slao,
     treelora,
 )
 from treelora_ray.methods.base import METHODS, Method, make, register
@@ -36,5 +37,6 @@ __all__ = [
     "register",
     "replay",
     "seqlora",
+    "slao",
     "treelora",
 ]

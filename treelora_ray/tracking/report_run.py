@@ -234,6 +234,7 @@ def start_of(method: Mapping[str, Any]) -> str:
             "fresh": "fresh",
         }[start]
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
+    known |= {"slao": "the task before, with the rows of its A made orthonormal"}
     if method.get("variant") == "merge_new" or method["name"] in ("o-lora", "inflora"):
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

@@ -96,6 +96,15 @@ def inflora() -> dict[str, Any]:
     return {**_common("inflora"), "method.epsilon": tune.uniform(0.8, 1.0)}
 
 
+def slao() -> dict[str, Any]:
+    """One adapter that goes on, and a merged one that answers."""
+    return {
+        **_common("slao"),
+        "method.lambda": tune.choice(["sqrt", "mean"]),
+        "method.start": tune.choice(["paper", "continuous"]),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from treelora_ray.data.rows import MemoryRows
 from treelora_ray.data.task import Task
 from treelora_ray.methods import moments
 from treelora_ray.methods.inflora import InfLora
+from treelora_ray.models.adapters import load_exported
+from treelora_ray.training.export import export_adapter
 from treelora_ray.training.loop import begin_task, end_task, train_task
 
 WIDTH = 16
@@ -304,3 +307,14 @@ def test_what_answers_is_one_adapter_beside_the_loaded_weights(learnt: Learnt) -
             torch.testing.assert_close(loaded + made.learner.model.scaling * b @ a, now, rtol=0, atol=1e-5)
         begin_task(made, (2,))
         torch.testing.assert_close(made.learner.features(rows), said, rtol=0, atol=1e-6)
+
+
+def test_folders_of_all_tasks_hold_what_answers_after_the_last(learnt: Learnt, tmp_path: Path) -> None:
+    made = learnt.made
+    assert list(made.changed((2,))) == [0, 1, 2]
+    export_adapter(made, 0, tmp_path)
+    for name, (a, b) in load_exported(tmp_path).items():
+        loaded, now = made.weights[name]
+        torch.testing.assert_close(loaded + made.learner.model.scaling * b @ a, now, rtol=0, atol=1e-5)
+    scale = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert scale["lora_alpha"] / scale["r"] == made.learner.model.scaling == 1

@@ -17,7 +17,9 @@ from treelora_ray.config import ConfigError
 from treelora_ray.data.rows import MemoryRows
 from treelora_ray.data.task import Task
 from treelora_ray.methods.slao import Slao, largest_angle, orthonormal
+from treelora_ray.models.adapters import load_exported
 from treelora_ray.training.evaluate import Evaluator
+from treelora_ray.training.export import export_adapter
 from treelora_ray.training.loop import begin_task, end_task, train_task
 
 TASKS = 3
@@ -221,6 +223,14 @@ def test_the_merged_pair_answers_and_training_goes_on_from_the_trained_one(learn
     ):
         assert torch.equal(a, a_merged)
         assert torch.equal(b, b_merged)
+
+
+def test_folders_of_all_tasks_hold_what_answers_after_the_last(learnt: Learnt, tmp_path: Path) -> None:
+    made = learnt.made
+    assert list(made.changed((2,))) == [0, 1, 2]
+    export_adapter(made, 0, tmp_path)
+    for name, (a, b) in factors(made, learnt.merged[-1]).items():
+        assert all(torch.equal(*pair) for pair in zip((a, b), load_exported(tmp_path)[name], strict=True))
 
 
 def test_within_a_task_the_merged_pair_of_the_tasks_before_answers(backbone: Path, learnt: Learnt) -> None:

@@ -6,7 +6,7 @@ Liang and Li 2024, arXiv 2404.00228; what is kept of inputs is DualGPM's, Liang 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,6 +130,9 @@ class InfLora(Folding):
         with learner.effort.timed("directions"):
             for name, moment in found.items():
                 self.set_aside(name, moment, share)
+
+    def changed(self, unit: Sequence[int]) -> Sequence[int]:
+        return range(max(unit) + 1)
 
     def report(self) -> dict[str, Any]:
         """By layer how many directions are still free."""

@@ -6,7 +6,7 @@ Merge before forget, 2025, arXiv 2512.23017.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,9 @@ class Slao(Method):
 
     def answer(self, task: int) -> Tensor:  # noqa: ARG002
         return self.learner.adapter if self.merged is None else self.merged
+
+    def changed(self, unit: Sequence[int]) -> Sequence[int]:
+        return range(max(unit) + 1)
 
     # -- where a task starts
 

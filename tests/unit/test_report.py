@@ -207,6 +207,8 @@ def test_one_sentence_says_what_the_numbers_say() -> None:
         ({"name": "treelora", "mode": "treelora", "start": "fresh"}, "fresh"),
         ({"name": "seqlora", "variant": "continue"}, "the task before"),
         ({"name": "seqlora", "variant": "merge_new"}, "fresh, on weights with the tasks before folded in"),
+        ({"name": "inflora"}, "fresh, on weights with the tasks before folded in"),
+        ({"name": "slao"}, "the task before, with the rows of its A made orthonormal"),
         ({"name": "independent"}, "fresh"),
         ({"name": "sd-lora"}, "fresh, beside the directions of the tasks before"),
         ({"name": "of somebody else"}, "not recorded"),

@@ -6,6 +6,7 @@ from treelora_ray.methods import (
     ewc,
     gem,
     independent,
+    inflora,
     joint,
     lwf,
     ncm,
@@ -14,6 +15,7 @@ from treelora_ray.methods import (
     replay,
     sdlora,
     seqlora,
+    slao,
     tasl,
     treelora,
 )
@@ -27,6 +29,7 @@ __all__ = [
     "ewc",
     "gem",
     "independent",
+    "inflora",
     "joint",
     "lwf",
     "make",
@@ -37,6 +40,7 @@ __all__ = [
     "replay",
     "sdlora",
     "seqlora",
+    "slao",
     "tasl",
     "treelora",
 ]

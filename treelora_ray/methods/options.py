@@ -214,6 +214,29 @@ class TaslOptions(Options):
     """Steps of a task before sensitivities are measured; of a short task half of its steps at most."""
 
 
+class InfLoraOptions(Options):
+    """An adapter for each task, which reads what earlier tasks' inputs have left free; all of them answer together."""
+
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Share of the energy of each layer's inputs whose directions are used up by the first task; with each further task
+    of the stream it rises evenly towards 1."""
+
+
+class SlaoOptions(Options):
+    """One adapter that goes on from task to task, and a merged one that answers for all of them."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    lambda_: Literal["sqrt", "mean"] | Annotated[float, Field(ge=0, le=1)] = Field(default="sqrt", alias="lambda")
+    """How far the merged B goes towards that of the i-th task: 1 / sqrt(i), 1 / i, or so far always; all the way for
+    the first task."""
+    start: Literal["paper", "continuous"] = "paper"
+    """A task starts from the last A with its rows made orthonormal, and from the last B as it was trained (paper), or
+    changed so that the function stays the same (continuous)."""
+    head: Literal["trained", "ncm"] = "trained"
+    """Classification: rows of the head as they were trained, or class means of features through the merged adapter."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -268,5 +291,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "ncm": NcmOptions,
     "sd-lora": SdLoraOptions,
     "tasl": TaslOptions,
+    "inflora": InfLoraOptions,
+    "slao": SlaoOptions,
     "treelora": TreeLoraOptions,
 }

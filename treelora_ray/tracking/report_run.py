@@ -234,7 +234,8 @@ def start_of(method: Mapping[str, Any]) -> str:
             "fresh": "fresh",
         }[start]
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
-    if method.get("variant") == "merge_new" or method["name"] == "o-lora":
+    known |= {"slao": "the task before, with the rows of its A made orthonormal"}
+    if method.get("variant") == "merge_new" or method["name"] in ("o-lora", "inflora"):
         return "fresh, on weights with the tasks before folded in"
     if method["name"] == "sd-lora":
         return "fresh, beside the directions of the tasks before"

@@ -110,6 +110,20 @@ def tasl() -> dict[str, Any]:
     }
 
 
+def inflora() -> dict[str, Any]:
+    """An adapter a task, each in what inputs of earlier tasks leave free."""
+    return {**_common("inflora"), "method.epsilon": tune.uniform(0.8, 1.0)}
+
+
+def slao() -> dict[str, Any]:
+    """One adapter that goes on, and a merged one that answers."""
+    return {
+        **_common("slao"),
+        "method.lambda": tune.choice(["sqrt", "mean"]),
+        "method.start": tune.choice(["paper", "continuous"]),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

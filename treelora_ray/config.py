@@ -260,15 +260,17 @@ class RunConfig(Section):
 
 def _method(value: Any) -> Options:
     """The options of the method that `name` says, with their defaults."""
+    from treelora_ray.methods import outside
     from treelora_ray.methods.options import METHOD_OPTIONS  # which needs this module
 
     if not isinstance(value, Mapping):
         raise ValueError(f"method is {value!r}: write its options below it, like `method: {{name: treelora}}`")
     name = value.get("name", "treelora")
-    if name not in METHOD_OPTIONS:
-        near = get_close_matches(str(name), METHOD_OPTIONS, 1)
+    if not isinstance(name, str) or (name not in METHOD_OPTIONS and not outside.load(name)):
+        known = list(dict.fromkeys([*METHOD_OPTIONS, *outside.names()]))
+        near = get_close_matches(str(name), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method.name {name!r} is unknown{hint}; known: {', '.join(METHOD_OPTIONS)}")
+        raise ValueError(f"method.name {name!r} is unknown{hint}; known: {', '.join(known)}")
     kind = METHOD_OPTIONS[name]
     try:
         return kind.model_validate({**value, "name": name})

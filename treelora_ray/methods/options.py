@@ -206,3 +206,4 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "ncm": NcmOptions,
     "treelora": TreeLoraOptions,
 }
+BUILT_IN = tuple(METHOD_OPTIONS)  # the others come from outside, and are added when they are asked for

@@ -152,6 +152,18 @@ class NcmOptions(Options):
     """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
+class FixOptions(Options):
+    """Nothing is trained: a few worked examples of the task stand before each prompt."""
+
+    shots: Annotated[int, Field(ge=0)] = 6
+    """Training rows of each task that are shown, drawn by the seed."""
+    max_prompt: Positive = 3584
+    """Tokens of these and the prompt together; examples are left out from the front where there are more. The prompt
+    is never cut for them."""
+    separator: str = "\n\n"
+    """Stands after each example."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -204,6 +216,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "der++": DerOptions,
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
+    "fix": FixOptions,
     "treelora": TreeLoraOptions,
 }
 BUILT_IN = tuple(METHOD_OPTIONS)  # the others come from outside, and are added when they are asked for

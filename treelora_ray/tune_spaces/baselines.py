@@ -91,6 +91,11 @@ def ncm() -> dict[str, Any]:
     return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
 
 
+def fix() -> dict[str, Any]:
+    """Demonstrations before each prompt, where nothing is trained."""
+    return {"method": {"name": "fix"}, "method.shots": tune.grid_search([1, 2, 4, 6, 8])}
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -118,6 +118,10 @@ class ObjectiveConfig(Section):
     """Classes that compete in the training loss: those of the row's own task, or all seen so far."""
     routing: Literal["inferred", "oracle", "last"] = "inferred"
     """Which adapter answers at test: of the task inferred from frozen features, of the true task, the last one."""
+    router: Literal["class", "lse"] = "class"
+    """Inferred routing, by Gaussians of frozen features with one covariance: the task of the likeliest class, or the
+    task whose classes are likeliest in the mean (log-sum-exp, less the log of their number). Of prompts each task is
+    one Gaussian, and the two are the same."""
     label_match: Literal["class", "string"] = "class"
     """A class is a pair (task, label), or labels match across tasks by their names."""
     max_new_tokens: Positive = 32

@@ -47,8 +47,8 @@ def reference(methods: Iterable[str] = BUILT_IN) -> str:
     parts.append(
         "## Which settings are a run's identity\n\nAll of them, so that a run goes on under the settings it began"
         f" with; but for {free}, on which results do not depend. `--allow-change KEY` lets `train.*`, `evaluate.*`, "
-        "`objective.routing`, `objective.max_new_tokens`, `method.lambda` and `stream.path` differ from then on. Tasks "
-        "may always be added at the end of the stream.\n"
+        "`objective.routing`, `objective.router`, `objective.max_new_tokens`, `method.lambda` and `stream.path` differ "
+        "from then on. Tasks may always be added at the end of the stream.\n"
     )
     return "\n".join(parts)
 

@@ -32,6 +32,7 @@ VARIANTS: dict[str, Options] = {
     "independent": {"name": "independent"},
     "joint": {"name": "joint"},
     "replay": {"name": "replay", "memory": 9, "replay_batch": 3},
+    "replay-all": {"name": "replay", "memory": 9, "policy": "reservoir", "scope": "all", "weight": 0.3},
     "ewc": {"name": "ewc"},
     "ewc-online": {"name": "ewc", "online": True, "gamma": 0.5, "fisher": "sampled", "rows": 9},
     "lwf": {"name": "lwf"},
@@ -62,6 +63,7 @@ ALL = pytest.mark.parametrize("variant", CLASSIFY)  # test_fix.py says the same 
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
     "replay, no rows": ({"name": "replay", "replay_batch": 0}, {"name": "seqlora"}),
+    "replay, no weight": ({"name": "replay", "weight": 0}, {"name": "seqlora"}),
     "replay, no memory": ({"name": "replay", "memory": 0}, {"name": "seqlora"}),
     "ewc": ({"name": "ewc", "lambda": 0}, {"name": "seqlora"}),
     "lwf": ({"name": "lwf", "lambda": 0}, {"name": "seqlora"}),

@@ -29,8 +29,8 @@ def replay() -> dict[str, Any]:
     """One adapter and a memory of past rows."""
     return {
         **_common("replay"),
-        "method.memory": tune.choice([100, 200, 400, 800]),
-        "method.replay_batch": tune.choice([4, 8, 16]),
+        "method.memory": tune.choice([200, 400, 800, 1600]),
+        "method.weight": tune.uniform(0.2, 0.8),
     }
 
 

@@ -36,7 +36,10 @@ from treelora_ray.training.stream import Listener, StreamRun
 from treelora_ray.training.tracker import Tracker
 
 # What may differ when a run goes on, where the caller says so. `whole` only between two tasks: they make its steps.
-MAY_CHANGE = ("train.", "evaluate.", "objective.routing", "objective.max_new_tokens", "method.lambda", "stream.path")
+MAY_CHANGE = (
+    "train.", "evaluate.", "objective.routing", "objective.router", "objective.max_new_tokens", "method.lambda",
+    "stream.path",
+)  # fmt: skip
 WHOLE = ("train.batch", "train.epochs", "train.steps", "train.warmup", "train.schedule")
 
 

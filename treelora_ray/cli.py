@@ -294,12 +294,14 @@ def figures(
 
 @app.command()
 def methods() -> None:
-    """All methods: what each learns, keeps and costs, and its options."""
+    """All methods, those of other packages too: what each learns, keeps and costs, and its options."""
     from rich.table import Table
 
+    from treelora_ray.methods import outside
     from treelora_ray.methods.catalogue import METHODS
     from treelora_ray.methods.options import METHOD_OPTIONS
 
+    wrong = outside.load_all()
     table = Table(pad_edge=False)
     for title in ("method", "learns", "kept after N tasks", "extra per step", "added up over workers"):
         table.add_column(title)
@@ -307,11 +309,15 @@ def methods() -> None:
         table.add_row(name, "\n".join(method.objectives), method.keeps, method.step_cost, method.reduces)
     _console().print(table)
     for name, options in METHOD_OPTIONS.items():
-        typer.echo(f"{name}: {(options.__doc__ or '').strip()}")
+        origin = outside.distribution(name)
+        source = f" (of {' '.join(origin)})" if origin else ""
+        typer.echo(f"{name}{source}: {(options.__doc__ or '').strip()}")
         for key, field in options.model_fields.items():
             if key != "name":
                 typer.echo(f"  {field.alias or key} = {field.get_default(call_default_factory=True)}")
                 typer.echo(f"      {' '.join((field.description or '').split())}")
+    for problem in wrong:
+        typer.echo(problem, err=True)
 
 
 @config_app.command("check")

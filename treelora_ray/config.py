@@ -118,6 +118,10 @@ class ObjectiveConfig(Section):
     """Classes that compete in the training loss: those of the row's own task, or all seen so far."""
     routing: Literal["inferred", "oracle", "last"] = "inferred"
     """Which adapter answers at test: of the task inferred from frozen features, of the true task, the last one."""
+    router: Literal["class", "lse"] = "class"
+    """Inferred routing, by Gaussians of frozen features with one covariance: the task of the likeliest class, or the
+    task whose classes are likeliest in the mean (log-sum-exp, less the log of their number). Of prompts each task is
+    one Gaussian, and the two are the same."""
     label_match: Literal["class", "string"] = "class"
     """A class is a pair (task, label), or labels match across tasks by their names."""
     max_new_tokens: Positive = 32
@@ -260,15 +264,17 @@ class RunConfig(Section):
 
 def _method(value: Any) -> Options:
     """The options of the method that `name` says, with their defaults."""
+    from treelora_ray.methods import outside
     from treelora_ray.methods.options import METHOD_OPTIONS  # which needs this module
 
     if not isinstance(value, Mapping):
         raise ValueError(f"method is {value!r}: write its options below it, like `method: {{name: treelora}}`")
     name = value.get("name", "treelora")
-    if name not in METHOD_OPTIONS:
-        near = get_close_matches(str(name), METHOD_OPTIONS, 1)
+    if not isinstance(name, str) or (name not in METHOD_OPTIONS and not outside.load(name)):
+        known = list(dict.fromkeys([*METHOD_OPTIONS, *outside.names()]))
+        near = get_close_matches(str(name), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method.name {name!r} is unknown{hint}; known: {', '.join(METHOD_OPTIONS)}")
+        raise ValueError(f"method.name {name!r} is unknown{hint}; known: {', '.join(known)}")
     kind = METHOD_OPTIONS[name]
     try:
         return kind.model_validate({**value, "name": name})

@@ -1,14 +1,20 @@
-"""Writes docs/config.md from the code: `python -m treelora_ray.reference > docs/config.md`."""
+"""Writes docs/config.md from the code: `python -m treelora_ray.reference > docs/config.md`.
+
+With `--all` the page also has the methods of other packages that are installed.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from treelora_ray.config import FREE_KEYS, RunConfig
-from treelora_ray.methods.options import METHOD_OPTIONS
+from treelora_ray.methods import outside
+from treelora_ray.methods.options import BUILT_IN, METHOD_OPTIONS
 
 HEAD = """\
 # All settings of a run
@@ -20,7 +26,7 @@ which lies in the run's folder too and is itself a valid config.
 """
 
 
-def reference() -> str:
+def reference(methods: Iterable[str] = BUILT_IN) -> str:
     """The page: a table for each section, and one for the options of each method."""
     parts = [HEAD]
     plain = {k: f for k, f in RunConfig.model_fields.items() if not _section(f) and k != "method"}
@@ -32,7 +38,8 @@ def reference() -> str:
             for name, nested in inner.model_fields.items():
                 if (below := _section(nested)) is not None:
                     parts.append(_table(f"`{key}.{name}`", below.model_fields, f"{key}.{name}."))
-    for name, options in METHOD_OPTIONS.items():
+    for name in methods:
+        options = METHOD_OPTIONS[name]
         fields = {field.alias or key: field for key, field in options.model_fields.items() if key != "name"}
         text = " ".join((options.__doc__ or "").split())
         parts.append(_table(f"`method` with `name: {name}`", fields, "method.", text))
@@ -40,8 +47,8 @@ def reference() -> str:
     parts.append(
         "## Which settings are a run's identity\n\nAll of them, so that a run goes on under the settings it began"
         f" with; but for {free}, on which results do not depend. `--allow-change KEY` lets `train.*`, `evaluate.*`, "
-        "`objective.routing`, `objective.max_new_tokens`, `method.lambda` and `stream.path` differ from then on. Tasks "
-        "may always be added at the end of the stream.\n"
+        "`objective.routing`, `objective.router`, `objective.max_new_tokens`, `method.lambda` and `stream.path` differ "
+        "from then on. Tasks may always be added at the end of the stream.\n"
     )
     return "\n".join(parts)
 
@@ -69,4 +76,9 @@ def _words(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    if "--all" in sys.argv[1:]:
+        for problem in outside.load_all():
+            print(problem, file=sys.stderr)
+        print(reference(METHOD_OPTIONS), end="")
+    else:
+        print(reference(), end="")

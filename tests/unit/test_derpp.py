@@ -17,7 +17,6 @@ from treelora_ray.methods import memory, outputs
 from treelora_ray.methods.derpp import DerPlusPlus, Said, _likeliest
 from treelora_ray.methods.gradients import mean_gradient
 from treelora_ray.methods.memory import Buffer
-from treelora_ray.methods.replay import Replay
 from treelora_ray.training.loop import begin_task
 
 
@@ -117,18 +116,6 @@ def test_a_smaller_memory_keeps_the_largest_keys() -> None:
     assert [memory.number(f"0/{ref}") for ref in small.rows()] == sorted(
         (memory.number(f"0/{ref}") for ref, _ in rows), reverse=True
     )[:7]
-
-
-def test_replay_remembers_a_uniform_sample_whatever_the_epochs(folders: dict[str, Path]) -> None:
-    found = []
-    for epochs in (1, 3):
-        made = toys.ready(folders["image"], {"name": "replay", "memory": 9}, train={"epochs": epochs})
-        toys.learn(made, 0, 1)
-        assert isinstance(made, Replay)
-        found.append(made.memory)
-    assert found[0] == found[1]
-    keys = {(task, row): memory.number(f"0/{(task, row)}") for task in range(2) for row in range(22)}
-    assert found[0] == sorted(keys, key=lambda ref: -keys[ref])[:9]
 
 
 # -- the terms

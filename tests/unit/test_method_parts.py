@@ -119,12 +119,10 @@ def loss(batch: Batch, said: Any) -> Tensor:
 
 
 @given(count=st.integers(1, 60), wanted=st.integers(1, 70), step=st.integers(0, 40))
-def test_rows_are_drawn_without_repeats_and_gone_through_evenly(count: int, wanted: int, step: int) -> None:
+def test_rows_are_drawn_without_repeats(count: int, wanted: int, step: int) -> None:
     drawn = memory.draw(count, wanted, f"key/{step}")
     assert len(set(drawn)) == len(drawn) == min(count, wanted)
     assert set(drawn) <= set(range(count))
-    seen = [place for at in range(count) for place in memory.walk(count, 2, at, "key")]
-    assert sorted(seen) == sorted([*range(count), *range(count)])
 
 
 def test_rows_are_drawn_evenly() -> None:

@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 from sklearn.covariance import OAS
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from tests import tiny, toys
 from treelora_ray.models.router import ClassSums, Router
 
 
@@ -89,6 +93,48 @@ def test_classes_without_rows_attract_nothing() -> None:
     router = Router(2)
     router.add(0, sums)
     assert len(router.means) == 2
+
+
+def test_the_mean_likelihood_of_a_tasks_classes_may_decide_in_place_of_the_likeliest_class() -> None:
+    """Against the densities of scipy's Gaussians."""
+    x, labels = features(rows=40)
+    x += 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2))  # so that classes overlap
+    router = router_of(x, labels, per_task=3)
+    gaussians = [multivariate_normal(mean.numpy(), router.covariance().numpy()) for mean in router.means]
+    queries = 2 * torch.randn(300, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    densities = np.stack([each.pdf(queries.numpy()) for each in gaussians], 1).reshape(300, 2, 3)
+    by_class = router.route(queries).numpy()
+    assert (by_class == densities.max(2).argmax(1)).all()
+    router.task_score = "lse"
+    by_task = router.route(queries).numpy()
+    assert (by_task == densities.mean(2).argmax(1)).all()
+    assert (by_task != by_class).any()
+
+
+def test_a_task_does_not_win_by_the_number_of_its_classes() -> None:
+    """Five classes in one place are as likely as one there, so between them and another the middle decides."""
+    spread = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0]])
+    router = Router(2, task_score="lse")
+    for task, (classes, place) in enumerate([(5, -3.0), (1, 3.0)]):
+        sums = ClassSums(classes, 2)
+        for number in range(classes):
+            sums.add(spread + torch.tensor([place, 0.0]), torch.full((4,), number))
+        router.add(task, sums)
+    assert router.route(torch.tensor([[-0.1, 0.0], [0.1, 0.0]])).tolist() == [0, 1]
+
+
+def test_a_run_routes_as_its_config_says(tmp_path: Path) -> None:
+    backbone = tiny.vit(tmp_path)
+    assert toys.ready(backbone, "seqlora").learner.router.task_score == "class"
+    assert toys.ready(backbone, "seqlora", objective={"router": "lse"}).learner.router.task_score == "lse"
+
+
+def test_of_one_class_a_task_both_rules_are_one() -> None:
+    x, labels = features()
+    router = router_of(x, labels, per_task=1)
+    found = router.route(x)
+    router.task_score = "lse"
+    assert torch.equal(router.route(x), found)
 
 
 def test_a_restored_router_routes_alike() -> None:

@@ -36,7 +36,6 @@ def work(settings: dict[str, Any]) -> None:
     desk = ray.get_actor(settings["desk"], namespace=NAMESPACE)
     if comm.share(bool(ray.get(desk.over.remote())) if comm.rank == 0 else False):
         return
-    config = from_mapping(settings["config"])
 
     def remote(layout: Layout, guide: GuideConfig) -> AnyGuide:
         actor = ray.get_actor(settings["guide"], namespace=NAMESPACE)
@@ -48,6 +47,7 @@ def work(settings: dict[str, Any]) -> None:
     if comm.rank == 0:
         desk.tell.remote("alive", comm.workers)
     try:
+        config = from_mapping(settings["config"])  # a method of another package may not be installed here
         with _shared_folder(settings["folder"], comm) as folder:
             learn(
                 config,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from treelora_ray.config import ConfigError, Options
 from treelora_ray.core.merge import AdapterBank
+from treelora_ray.methods import outside
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import METHOD_OPTIONS
 from treelora_ray.objectives.base import Batch
@@ -188,12 +189,19 @@ def make(learner: Learner) -> Method:
     options = learner.config.method
     if said := unfit(options.name, learner.objective.kind):
         raise ConfigError(said)
-    return METHODS[options.name](learner, options)
+    return find(options.name)(learner, options)
+
+
+def find(name: str) -> type[Method]:
+    """The method of a name, wherever it comes from."""
+    if name not in METHODS:
+        outside.load(name)
+    return METHODS[name]
 
 
 def unfit(name: str, objective: str) -> str | None:
     """In words, why a method cannot be trained for an objective; None where it can."""
-    can = METHODS[name].objectives
+    can = find(name).objectives
     if objective in can:
         return None
     others = ", ".join(other for other, method in METHODS.items() if objective in method.objectives)

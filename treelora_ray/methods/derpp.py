@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from treelora_ray.config import ConfigError, Options
-from treelora_ray.methods import memory, outputs
-from treelora_ray.methods.base import Method, register
+from treelora_ray.methods import outputs
+from treelora_ray.methods.base import register
 from treelora_ray.methods.gradients import mean_gradient
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import DerOptions
+from treelora_ray.methods.remembering import Buffered
 from treelora_ray.objectives.base import Batch
-
-PER_TASK = 100  # rows of the memory for each task of the stream, where its size is not given
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Said:
 
 
 @register("der++")
-class DerPlusPlus(Method):
+class DerPlusPlus(Buffered):
     """CE + alpha mean (1 / w) |z - z_then|^2 on remembered rows + beta CE on others, drawn independently."""
 
     keeps = "one adapter; the numbers of `memory` rows and what was said of them"
@@ -43,19 +42,14 @@ class DerPlusPlus(Method):
     reduces = "gradient, gradients of both draws, what was said of the step's rows"
 
     def __init__(self, learner: Learner, options: Options) -> None:
-        super().__init__(learner, options)
         assert isinstance(options, DerOptions)
+        super().__init__(learner, options)
         self.options = options
         speaks = learner.objective.kind == "causal-lm"
         self.alpha = 0.0 if speaks and options.lm_logits == "off" else options.alpha
-        self.beta, self.batch = options.beta, options.replay_batch or learner.config.train.batch
-        self.buffer = memory.Buffer(learner.config.seed, options.policy == "balanced")
+        self.beta = options.beta
         self.said: dict[Ref, Said] = {}  # of the rows in the buffer
         self.presented: list[tuple[int, Said]] = []  # this worker's rows of the step: group, what was said
-
-    @property
-    def capacity(self) -> int:
-        return PER_TASK * len(self.learner.tasks) if self.options.memory is None else self.options.memory
 
     @property
     def looks_back(self) -> bool:
@@ -85,16 +79,13 @@ class DerPlusPlus(Method):
 
     def draws(self, step: int) -> list[tuple[list[Ref], float, float]]:
         """Rows of the memory for a step, and the coefficients of both terms on them."""
-        known = [ref for ref in self.buffer.rows() if self.options.scope == "all" or ref[0] not in self.learner.unit]
         wanted = [("logits", self.alpha, 0.0), ("labels", 0.0, self.beta)]
         if self.options.shared_draw:
             wanted = [("both", self.alpha, self.beta)]
         found = []
-        for name, alpha, beta in wanted if known else []:
-            key = f"{self.learner.config.seed}/{self.learner.unit_name}/{step}/{name}"
-            places = memory.draw(len(known), self.batch, key)
-            if alpha or beta:
-                found.append(([known[place] for place in places], alpha, beta))
+        for name, alpha, beta in wanted:
+            if (alpha or beta) and (refs := self.draw(step, name)):
+                found.append((refs, alpha, beta))
         return found
 
     def term(self, alpha: float, beta: float) -> Callable[[Sequence[Ref], Batch], Tensor]:
@@ -176,20 +167,17 @@ class DerPlusPlus(Method):
             self.offer(part, heard)
 
     def tensors(self) -> dict[str, Tensor]:
-        rows = self.buffer.rows()
-        said = [self.said[row] for row in rows]
+        said = [self.said[row] for row in self.buffer.rows()]
         shapes = [(*each.values.shape, each.tokens) for each in said]
-        return {
-            "rows": torch.tensor(rows, dtype=torch.long).view(-1, 2),
-            "groups": torch.tensor(self.buffer.groups_of_rows(), dtype=torch.long),
+        return super().tensors() | {
             "shapes": torch.tensor(shapes, dtype=torch.long).view(-1, 3),
             "values": torch.cat([torch.empty(0, dtype=torch.half), *(each.values.reshape(-1) for each in said)]),
             "indices": torch.cat([torch.empty(0, dtype=torch.int32), *(each.indices.reshape(-1) for each in said)]),
         }
 
-    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:  # noqa: ARG002
-        rows = [(task, row) for task, row in tensors["rows"].tolist()]
-        self.buffer.offer(list(zip(rows, tensors["groups"].tolist(), strict=True)), len(rows))
+    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+        super().load(tensors, data)
+        rows = self.buffer.rows()
         shapes, speaks = tensors["shapes"].tolist(), len(tensors["indices"]) > 0
         values = tensors["values"].split([length * width for length, width, _ in shapes])
         indices = tensors["indices"].split([length * width if speaks else 0 for length, width, _ in shapes])

@@ -87,7 +87,7 @@ class Learner:
         self.anchor = self.layout.flatten(model.layers).clone()  # A as drawn from the seed, B = 0
         self.infos: list[TaskInfo] = []  # of all tasks met so far
         self.head = Head(model.width, config.objective.label_match == "string", self.device)
-        self.router = Router(model.width, self.device)
+        self.router = Router(model.width, self.device, config.objective.router)
         self.means: dict[int, Tensor] = {}  # by task of the unit: class means [C, d] of frozen features
         self.objective: Objective
         if isinstance(model, CausalModel):

@@ -32,12 +32,20 @@ class JointOptions(Options):
 
 
 class ReplayOptions(Options):
-    """One adapter, and a small memory of past rows in each step."""
+    """One adapter, and a memory of past rows, some of which each step also looks at."""
 
-    memory: Annotated[int, Field(ge=0)] = 200
-    """Rows of past tasks kept, drawn uniformly from all rows seen."""
-    replay_batch: Annotated[int, Field(ge=0)] = 8
-    """Rows from the memory that are added to each step."""
+    memory: Annotated[int, Field(ge=0)] | None = None
+    """Rows remembered in all; 100 for each task of the stream where it is left out."""
+    policy: Literal["balanced", "reservoir"] = "balanced"
+    """balanced: each class (task, for language models) has an equal share. reservoir: each row has an equal chance."""
+    replay_batch: Annotated[int, Field(ge=0)] | None = None
+    """Remembered rows a step looks at; as many as `train.batch` where it is left out."""
+    weight: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of the loss on remembered rows, that on the step's own having the rest; their share of the rows of both where it
+    is left out."""
+    scope: Literal["past", "all"] = "past"
+    """past: rows of finished tasks are replayed. all: of the task in progress too, from the step after they were
+    trained on."""
 
 
 class EwcOptions(Options):
@@ -237,6 +245,18 @@ class SlaoOptions(Options):
     """Classification: rows of the head as they were trained, or class means of features through the merged adapter."""
 
 
+class FixOptions(Options):
+    """Nothing is trained: a few worked examples of the task stand before each prompt."""
+
+    shots: Annotated[int, Field(ge=0)] = 6
+    """Training rows of each task that are shown, drawn by the seed."""
+    max_prompt: Positive = 3584
+    """Tokens of these and the prompt together; examples are left out from the front where there are more. The prompt
+    is never cut for them."""
+    separator: str = "\n\n"
+    """Stands after each example."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -293,5 +313,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "tasl": TaslOptions,
     "inflora": InfLoraOptions,
     "slao": SlaoOptions,
+    "fix": FixOptions,
     "treelora": TreeLoraOptions,
 }
+BUILT_IN = tuple(METHOD_OPTIONS)  # the others come from outside, and are added when they are asked for

@@ -1,56 +1,76 @@
-"""One adapter, and a small memory: each step also sees some rows of past tasks."""
+"""Replay: each step also sees some rows of past tasks, out of one memory.
+
+Rolnick et al. 2019, arXiv 1811.11682; with a memory of a few rows a class, Chaudhry et al. 2019, arXiv 1902.10486.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from treelora_ray.config import Options
-from treelora_ray.methods import memory
-from treelora_ray.methods.base import Method, register
+from treelora_ray.methods.base import register
+from treelora_ray.methods.gradients import mean_gradient
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.options import ReplayOptions
+from treelora_ray.methods.remembering import Buffered
+from treelora_ray.objectives.base import Batch
+from treelora_ray.objectives.classification import Classification
 
 
 @register("replay")
-class Replay(Method):
-    """The memory holds the numbers of its rows; the rows themselves stay where the stream keeps them."""
+class Replay(Buffered):
+    """(1 - w) CE of the step's rows + w CE of remembered ones, each a mean of its own."""
 
-    keeps = "one adapter, the numbers of `memory` rows"
+    keeps = "one adapter, the numbers of `memory` rows in all"
     step_cost = "forward/backward of `replay_batch` rows"
+    reduces = "gradient, the gradient of the rows drawn"
 
     def __init__(self, learner: Learner, options: Options) -> None:
-        super().__init__(learner, options)
         assert isinstance(options, ReplayOptions)
-        self.size, self.extra = options.memory, options.replay_batch
-        self.buffer = memory.Buffer(learner.config.seed, balanced=False)
-
-    @property
-    def memory(self) -> list[Ref]:
-        return self.buffer.rows()
+        super().__init__(learner, options)
+        own = learner.config.train.batch
+        self.weight = self.batch / (own + self.batch) if options.weight is None else options.weight
 
     @property
     def looks_back(self) -> bool:
-        return bool(self.memory and self.extra)
+        return self.weight > 0 and self.batch > 0 and self.capacity > 0
 
-    def rows(self, step: int, drawn: list[Ref]) -> list[Ref]:
+    def edit_gradients(self, step: int, loss: float) -> None:  # noqa: ARG002
         if not self.looks_back:
-            return drawn
-        known, key = self.memory, f"{self.learner.config.seed}/{self.learner.unit_name}/replay"
-        return drawn + [known[place] for place in memory.walk(len(known), self.extra, step, key)]
+            return
+        learner = self.learner
+        with learner.effort.timed("memory"):
+            if refs := self.draw(step, "memory"):
+                learner.model.train(True)
+                past = mean_gradient(learner, refs, self.loss_among_all)
+                learner.model.train(False)
+                learner.grad.mul_(1 - self.weight).add_(past, alpha=self.weight)
+            if self.scope == "all":
+                self.remember(learner.drawn)
+
+    def loss_among_all(self, refs: Sequence[Ref], batch: Batch) -> Tensor:  # noqa: ARG002
+        """The sum of a batch's losses, in which all classes seen compete."""
+        return self.learner.objective.loss(replace(batch, allowed=None))[0]
 
     def after_task(self) -> None:
-        """Each row seen so far is in the memory with the same probability."""
-        for task in self.learner.unit:
-            rows = range(len(self.learner.tasks[task].train))
-            self.buffer.offer([((task, row), 0) for row in rows], self.size)
+        for task in self.learner.unit if self.looks_back else ():
+            self.remember([(task, row) for row in range(len(self.learner.tasks[task].train))])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"memory": torch.tensor(self.memory, dtype=torch.long).view(-1, 2)}
+    def remember(self, refs: Sequence[Ref]) -> None:
+        """Offers rows to the memory, each in the group of its class, or of its task where there are none."""
+        for task in sorted({task for task, _ in refs}):
+            rows, groups = [row for other, row in refs if other == task], [task]
+            objective = self.learner.objective
+            if self.buffer.balanced and isinstance(objective, Classification):
+                labels = self.learner.tasks[task].train.take(rows, ["label"])
+                groups = objective.targets(labels, [task] * len(rows))
+            else:
+                groups = [task] * len(rows)
+            self.buffer.offer([((task, row), group) for row, group in zip(rows, groups, strict=True)], self.capacity)
 
-    def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:  # noqa: ARG002
-        rows = [(task, row) for task, row in tensors["memory"].tolist()]
-        self.buffer.offer([(row, 0) for row in rows], len(rows))
+    def report(self) -> dict[str, Any]:
+        return {"memory": self.capacity, "remembered": len(self.buffer.rows())}

@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,15 @@ class TextModel(Model):
         return hidden[:, 0].float() if self.pooling == "cls" else _mean(hidden, inputs["attention_mask"])
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What stands before every prompt."""
+
+    examples: tuple[tuple[str, str], ...]  # prompts and their answers
+    separator: str  # after each
+    most: int  # tokens, with the prompt
+
+
 class CausalModel(Model):
     kind = "prompt"
     task_type = "CAUSAL_LM"
@@ -278,13 +288,36 @@ class CausalModel(Model):
         )
         return _mean(done.hidden_states[-1], inputs["attention_mask"])
 
+    def shown_ids(self, shown: Shown) -> list[list[int]]:
+        """The tokens of each example: put together as a prompt and its answer are in training, then the separator."""
+        if not shown.examples:
+            return []
+        prompts, answers = (self._ids(texts, False) for texts in zip(*shown.examples, strict=True))
+        (gap,) = self._ids([shown.separator], False)
+        return [[*prompt, *answer, *gap] for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _after(self, shown: Shown, prompts: Sequence[Any], most: int) -> list[list[int]]:
+        """The tokens of prompts, each after as many of the last examples as there is room for."""
+        examples, rows = self.shown_ids(shown), []
+        for whole, bare in zip(self._ids(prompts, True), self._ids(prompts, False), strict=True):
+            first, room = len(examples), most - len(whole)
+            while first > 0 and len(examples[first - 1]) <= room:
+                first -= 1
+                room -= len(examples[first])
+            special = max(len(whole) - len(bare), 0)  # tokens that begin a text
+            before = [token for example in examples[first:] for token in example]
+            rows.append([*whole[:special], *before, *whole[special:]])
+        return rows
+
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
-        """Greedy continuations, up to the end-of-sequence token."""
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int, shown: Shown | None = None) -> list[str]:
+        """Greedy continuations, up to the end-of-sequence token; of what is shown, then the prompt."""
         from transformers import GenerationConfig
 
-        most = max(1, min(self.config.max_length, _positions(self.backbone) - max_new_tokens))
-        inputs = self._padded([row[-most:] for row in self._ids(prompts, True)], left=True)
+        most = self.config.max_length if shown is None else shown.most
+        most = max(1, min(most, _positions(self.backbone) - max_new_tokens))
+        rows = self._ids(prompts, True) if shown is None else self._after(shown, prompts, most)
+        inputs = self._padded([row[-most:] for row in rows], left=True)
         greedy = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=self.end, pad_token_id=self.pad
         )

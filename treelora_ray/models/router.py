@@ -2,10 +2,14 @@
 
 Each class (for prompts: each task) is a Gaussian around its mean; the covariance within classes is pooled
 over all tasks seen and shrunk by OAS (Chen et al. 2010, arXiv 0907.4698, eq. 23). The task of the likeliest
-class answers. Statistics are sums, so they may be gathered by any number of workers in any order.
+class answers, or the task that is likelier than others over all of its classes. Statistics are sums, so they may be
+gathered by any number of workers in any order.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -51,8 +55,10 @@ class ClassSums:
 
 
 class Router:
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.width, self.device = width, torch.device(device)
+    def __init__(
+        self, width: int, device: torch.device | str = "cpu", task_score: Literal["class", "lse"] = "class"
+    ) -> None:
+        self.width, self.device, self.task_score = width, torch.device(device), task_score
         self.means = torch.zeros(0, width, dtype=torch.float64, device=device)  # [classes of all tasks, d]
         self.task = torch.zeros(0, dtype=torch.long, device=device)  # [classes] the task of each
         self.scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -78,7 +84,18 @@ class Router:
             weights = torch.linalg.solve(self.covariance(), self.means.T)  # [d, classes]
             self._rule = weights, -(self.means * weights.T).sum(-1) / 2
         weights, bias = self._rule
-        return self.task[(features.double() @ weights + bias).argmax(-1)]
+        scores = features.double() @ weights + bias  # [B, classes] log-likelihoods, but for what all of a row share
+        return self.task[scores.argmax(-1)] if self.task_score == "class" else self._likeliest(scores)
+
+    def _likeliest(self, scores: Tensor) -> Tensor:
+        """[B] tasks by the mean likelihood of their classes: a sum would favour tasks with many."""
+        tasks, counts = self.task.unique(return_counts=True)
+        found = [
+            scores[:, self.task == task].logsumexp(1) - math.log(count)
+            for task, count in zip(tasks.tolist(), counts.tolist(), strict=True)
+        ]
+        best: Tensor = tasks[torch.stack(found, 1).argmax(1)]
+        return best
 
     def tensors(self) -> dict[str, Tensor]:
         count = torch.tensor(self.count, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from treelora_ray.models.backbone import CausalModel
+from treelora_ray.models.backbone import CausalModel, Shown
 from treelora_ray.objectives.base import Batch, Columns
 
 
@@ -18,6 +18,7 @@ class CausalLM:
 
     def __init__(self, model: CausalModel, max_new_tokens: int, precision: str = "fp32") -> None:
         self.model, self.max_new_tokens, self.precision = model, max_new_tokens, precision
+        self.shown: Shown | None = None  # what stands before the prompts that are answered
 
     def batch(self, rows: Columns, tasks: Sequence[int]) -> Batch:  # noqa: ARG002
         inputs = self.model.encode(rows["prompt"], rows["answer"])
@@ -38,4 +39,4 @@ class CausalLM:
     @torch.no_grad()
     def answer(self, rows: Columns, tasks: Sequence[int], classes: Sequence[int] | None) -> list[str]:  # noqa: ARG002
         with self.model.autocast(self.precision):
-            return self.model.generate(list(rows["prompt"]), self.max_new_tokens)
+            return self.model.generate(list(rows["prompt"]), self.max_new_tokens, self.shown)

@@ -49,6 +49,11 @@ def export_task(run: Run, task: str, target: Path, merge: bool = False, force: b
         raise RunError(f"run {run.address} has learnt no task {task!r}; did you mean {near[0]!r}?")
     source = run.adapters[task]
     if not (source / "adapter_config.json").is_file():
+        if not run.method.changed([run.tasks.index(task)]):
+            raise RunError(
+                f"what method {run.config.method.name} answers with is more than an adapter, so there is none to "
+                "export: write the whole run with `treelora model`"
+            )
         raise RunError(f"run {run.address} lacks the adapter of {task}: there is no {source / 'adapter_config.json'}")
     with placed(target, force) as folder:
         card: dict[str, Any] = {

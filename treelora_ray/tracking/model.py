@@ -24,6 +24,7 @@ import numpy as np
 from treelora_ray.api import Run
 from treelora_ray.config import RunConfig, from_mapping
 from treelora_ray.files import save_snapshot
+from treelora_ray.methods import outside
 from treelora_ray.models.loading import stored
 from treelora_ray.tracking.export import origin, placed
 from treelora_ray.training.errors import RunError
@@ -139,7 +140,7 @@ def _write(run: Run, folder: Path, copy_backbone: bool, model: Model | None = No
             mlflow_model=model,
             signature=_signature(config, kind),
             input_example=_example(kind),
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in PINNED],
+            pip_requirements=[f"{name}=={installed.split('+')[0]}" for name, installed in _pinned(run.config)],
             metadata={
                 "tasks": run.tasks,
                 "method": run.config.method.name,
@@ -147,6 +148,12 @@ def _write(run: Run, folder: Path, copy_backbone: bool, model: Model | None = No
                 "digest": run.config.digest,
             },
         )
+
+
+def _pinned(config: RunConfig) -> list[tuple[str, str]]:
+    """Packages that answer, and their versions; the one that the method comes from among them."""
+    origin = outside.distribution(config.method.name)
+    return [(name, version(name)) for name in PINNED] + ([origin] if origin else [])
 
 
 def _portable(config: RunConfig, kind: str, backbone: Path | None) -> RunConfig:

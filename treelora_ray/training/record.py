@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from treelora_ray.config import RunConfig
+from treelora_ray.methods import outside
 from treelora_ray.methods.learner import Learner
 from treelora_ray.training import metrics
 
@@ -38,6 +39,7 @@ def score_table(scores: Sequence[Sequence[float | None]], units: Sequence[tuple[
 
 
 def provenance(config: RunConfig, learner: Learner) -> dict[str, Any]:
+    origin = outside.distribution(config.method.name)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "config": config.model_dump(mode="json", by_alias=True),
@@ -47,7 +49,7 @@ def provenance(config: RunConfig, learner: Learner) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "device": str(learner.device),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | dict([origin] if origin else []),
         "python": sys.version.split()[0],
         "commit": _commit(),
         "submission": submission(),

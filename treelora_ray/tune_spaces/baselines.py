@@ -29,8 +29,8 @@ def replay() -> dict[str, Any]:
     """One adapter and a memory of past rows."""
     return {
         **_common("replay"),
-        "method.memory": tune.choice([100, 200, 400, 800]),
-        "method.replay_batch": tune.choice([4, 8, 16]),
+        "method.memory": tune.choice([200, 400, 800, 1600]),
+        "method.weight": tune.uniform(0.2, 0.8),
     }
 
 
@@ -122,6 +122,11 @@ def slao() -> dict[str, Any]:
         "method.lambda": tune.choice(["sqrt", "mean"]),
         "method.start": tune.choice(["paper", "continuous"]),
     }
+
+
+def fix() -> dict[str, Any]:
+    """Demonstrations before each prompt, where nothing is trained."""
+    return {"method": {"name": "fix"}, "method.shots": tune.grid_search([1, 2, 4, 6, 8])}
 
 
 def _common(method: str) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tests import tiny, toys
 from tests.contract.test_methods import Together, by_workers
-from treelora_ray.config import ConfigError
+from tests.unit.test_docs import blocks
+from treelora_ray.config import ConfigError, from_mapping
 from treelora_ray.methods import hide
 from treelora_ray.methods.hide import Decomposition, contrast
 from treelora_ray.methods.hidelora import HideLora
@@ -277,6 +279,15 @@ def test_of_language_models_tasks_are_inferred_by_gaussians_and_nothing_is_fit(t
     assert torch.equal(made.route(features), made.learner.router.route(features))
     own = thetas[-1][: made.learner.layout.total]
     torch.testing.assert_close(made.bank[1], 0.9 * own + 0.1 * made.bank[0])
+
+
+def test_the_settings_of_the_papers_fit_a_vision_transformer(backbone: Path) -> None:
+    (block,) = blocks(Path(__file__).parents[2] / "docs" / "methods" / "hide-lora.md", "yaml")
+    data = yaml.safe_load(block)
+    data["model"] |= {"backbone": str(backbone), "lora": {**data["model"]["lora"], "layers": [0, 1]}}
+    made = toys.method(from_mapping(data))
+    assert isinstance(made, HideLora)
+    assert [name.split(".")[-1] for name in made.learner.layout.names] == ["k_proj", "v_proj"] * 2
 
 
 # -- the decomposition around treelora

@@ -188,6 +188,7 @@ class Decomposition:
         width = self.learner.model.width
         self.frozen, self.trained = Summaries(width), Summaries(width)
         self.inference = torch.zeros(0, width + 1, device=self.learner.device)  # [E, d + 1] weights and bias
+        self.means = self.trained.means.to(self.learner.device)  # [K, d] what a step's features are contrasted with
 
     @property
     def tasks(self) -> list[int]:
@@ -204,6 +205,7 @@ class Decomposition:
         with learner.effort.timed("fits"):
             self._fit_inference()
             self._fit_classifier()
+        self.means = self.trained.means.to(learner.device)
 
     def _summarise(self, found: Summaries, name: str, task: int, features: Callable[[Any], Tensor]) -> None:
         learner, options, more = self.learner, self.options, []
@@ -277,6 +279,7 @@ class Decomposition:
         self.inference = tensors["inference"].to(self.learner.device)
         self.frozen.load(part(tensors, "frozen"))
         self.trained.load(part(tensors, "trained"))
+        self.means = self.trained.means.to(self.learner.device)
 
 
 class Hide(Method):
@@ -333,8 +336,8 @@ class Hide(Method):
             return None
         assert self.decomposition is not None
         count = len(self.learner.drawn)
-        stored = self.decomposition.trained.means.to(self.learner.device)
-        term = contrast(stored, self._of_all_workers(said["features"].float(), count), self.options.temperature)
+        features = self._of_all_workers(said["features"].float(), count)
+        term = contrast(self.decomposition.means, features, self.options.temperature)
         self.contrasted = term.detach()
         return self.options.contrast * count * term
 

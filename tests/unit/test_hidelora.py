@@ -17,6 +17,7 @@ from tests import tiny, toys
 from tests.contract.test_methods import Together, by_workers
 from tests.unit.test_docs import blocks
 from treelora_ray.config import ConfigError, from_mapping
+from treelora_ray.data.rows import MemoryRows
 from treelora_ray.methods import hide
 from treelora_ray.methods.hide import Decomposition, contrast
 from treelora_ray.methods.hidelora import HideLora
@@ -267,6 +268,18 @@ def test_a_class_of_several_tasks_is_one_of_the_classifier_and_says_each_task(ba
     assert parts(made).trained.entries.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert made.route(parts(made).frozen.centres()).tolist() == [0, 0, 1, 1]
     assert made.among(1) == [0, 1]
+
+
+def test_of_a_class_without_rows_nothing_is_drawn(backbone: Path) -> None:
+    made = hidelora(backbone)
+    task = made.learner.tasks[1]
+    present = [row for row in range(22) if task.train.take([row])["label"] == ["c1"]]
+    object.__setattr__(task, "train", MemoryRows(task.train.take(present)))
+    toys.learn(made, 0, 1)
+    assert parts(made).trained.entries.tolist() == [[0, 0], [0, 1], [1, 3]]
+    assert parts(made).inference.shape == (3, 17)
+    assert bool(torch.isfinite(made.learner.head.weight).all())
+    assert made.route(parts(made).frozen.centres()).tolist() == [0, 0, 1]
 
 
 def test_of_language_models_tasks_are_inferred_by_gaussians_and_nothing_is_fit(tmp_path: Path) -> None:

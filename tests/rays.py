@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "seqlora": {"name": "seqlora"},
     "ewc": {"name": "ewc"},
     "derpp": {"name": "der++", "memory": 9, "replay_batch": 4},
+    "hide": {"name": "hide-lora", "contrast": 0.1, "centroids": 2, "samples": 16, "fit_epochs": 3},
 }
 
 

@@ -233,6 +233,8 @@ def start_of(method: Mapping[str, Any]) -> str:
             "previous": "the task before",
             "fresh": "fresh",
         }[start]
+    if method["name"] == "hide-lora":
+        return {"previous": "the task before", "fresh": "fresh"}[method["start"]]
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
     known |= {"slao": "the task before, with the rows of its A made orthonormal"}
     if method.get("variant") == "merge_new" or method["name"] in ("o-lora", "inflora"):

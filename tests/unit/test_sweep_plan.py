@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from treelora_ray.cluster import sweep_trial
+from treelora_ray.cluster import inner_runs
 from treelora_ray.cluster.errors import ClusterError
 from treelora_ray.cluster.parameters import Parameter, Space
-from treelora_ray.cluster.sweep import at_once
+from treelora_ray.cluster.run import at_once
 from treelora_ray.cluster.sweep_plan import FILE, Sweep, SweepOptions, Trial
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
@@ -377,7 +377,7 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         finally:
             alone.release()
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     return seen
 
 
@@ -415,7 +415,7 @@ def test_while_a_task_is_learnt_the_last_scores_are_said_again(monkeypatch: pyte
         learnt.wait()
         listener.scored(record(0, 50.0))
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     work = Work(base(tmp_path))
     assert work.next(0.01) == {"percent": 0.0, "done": False}
     learnt.set()
@@ -427,7 +427,7 @@ def test_what_ends_a_run_is_raised_where_tune_asks(monkeypatch: pytest.MonkeyPat
     def run(*_: Any, **__: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     work = Work(base(tmp_path))
     with pytest.raises(OSError, match="disk is full"):
         work.next(9)

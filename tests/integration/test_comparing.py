@@ -213,6 +213,17 @@ def test_a_table_that_cannot_be_written_does_not_hide_what_was_learnt(
     assert any("the table could not be written (the disk is full): treelora report" in note for note in notes.notes)
 
 
+def test_mlflow_shows_the_table_above_the_cells(
+    backbone: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TREELORA_TRACKING", "mlflow")
+    config = base(backbone, data, tmp_path / "runs", stream={"tasks": ["t0"]})
+    compare(config, options("ncm,hot=seqlora:train.lr=1e30:train.clip=null", seeds=(0,)), local=True)
+    parent, children = _parent_and_children(tmp_path / "runs", "FAILED")
+    assert {each.data.tags["mlflow.parentRunId"] for each in children} == {parent.info.run_id}
+    assert {each.info.run_name: each.info.status for each in children} == {"ncm-s0": "FINISHED", "hot-s0": "FAILED"}
+
+
 @pytest.mark.usefixtures("cluster")
 def test_on_ray_processes_take_one_cell_after_the_other_and_learn_the_same(ray_data: Path, tmp_path: Path) -> None:
     notes, rows = Notes(), "seqlora,hot=seqlora:train.lr=1e30:train.clip=null,independent"
@@ -296,6 +307,8 @@ def test_a_driver_that_is_killed_goes_on_and_mlflow_shows_all_cells_below_one_pa
         assert "waiting" in {cell["state"] for cell in before.values()}
         ends = [read(path)[-1] for path in (tmp_path / "runs" / "c" / "cells").glob("*/journal.jsonl")]
         assert {entry["status"] for entry in ends} <= {"FINISHED", "KILLED"}
+        _, children = _parent_and_children(tmp_path / "runs", "KILLED")
+        assert {each.info.status for each in children} == {entry["status"] for entry in ends}
     times = {name: time for name, time in stamps(tmp_path / "runs").items() if name in finished}
     done = subprocess.run(given, capture_output=True, text=True, check=False, env=environment, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -307,14 +320,21 @@ def test_a_driver_that_is_killed_goes_on_and_mlflow_shows_all_cells_below_one_pa
     _require_one_parent(tmp_path / "runs")
 
 
-def _require_one_parent(runs: Path) -> None:
+def _parent_and_children(runs: Path, status: str) -> tuple[Any, list[Any]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{runs / 'mlflow.db'}")
     (experiment,) = [each for each in client.search_experiments() if each.name != "Default"]
     found = client.search_runs([experiment.experiment_id])
     (parent,) = [each for each in found if "treelora.group" in each.data.tags]
-    children = [each for each in found if each.info.run_id != parent.info.run_id]
+    assert parent.info.status == status
+    files = {each.path for each in client.list_artifacts(parent.info.run_id)}
+    assert {"table.md", "table.csv", "table.tex", "report.html", "figures"} <= files
+    return parent, [each for each in found if each.info.run_id != parent.info.run_id]
+
+
+def _require_one_parent(runs: Path) -> None:
+    parent, children = _parent_and_children(runs, "FINISHED")
     assert {each.data.tags["mlflow.parentRunId"] for each in children} == {parent.info.run_id}
     assert sorted(each.info.run_name for each in children) == sorted(cells(runs))
     assert {each.info.status for each in children} == {"FINISHED"}

@@ -12,13 +12,14 @@ from contextlib import suppress
 from treelora_ray.cluster.compare_cell import Outcome, learn_cell
 from treelora_ray.cluster.compare_plan import Cell, CompareOptions, Comparison, comparison_name, with_looks
 from treelora_ray.cluster.errors import ClusterError
-from treelora_ray.cluster.inner_runs import deliver
+from treelora_ray.cluster.inner_runs import deliver, deliver_rest, tells_mlflow
 from treelora_ray.config import RunConfig, StreamConfig, with_values
 from treelora_ray.data.stream import open_stream
 from treelora_ray.data.task import Kind
 from treelora_ray.files import locked
 from treelora_ray.methods.shared import Shared
 from treelora_ray.store import joined, local_path, open_folder
+from treelora_ray.tracking.parent import tell_parent
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -57,6 +58,7 @@ def compare(
                 _learn(found, kind, listener, stop, local)
             finally:
                 _report(found, listener)
+                _tell(found, listener, stop())
             return found
 
 
@@ -130,3 +132,14 @@ def _report(found: Comparison, listener: Listener) -> None:
         found.folder.push()
     except Exception as error:  # what has been learnt, and what has ended it, weigh more
         listener.note(f"the table could not be written ({error}): treelora report {found.folder} tries again")
+
+
+def _tell(found: Comparison, listener: Listener, stopped: bool) -> None:
+    """MLflow, of the whole."""
+    if not tells_mlflow(found.base) or found.folder.stored:
+        return
+    deliver_rest(found.folder.path, found.base, found.cells, listener.note)
+    failed = any(cell.state == "failed" for cell in found.cells)
+    status = "KILLED" if stopped or found.left else "FAILED" if failed else "FINISHED"
+    cells = [found.folder.path / cell.run for cell in found.cells]
+    tell_parent(found.folder.path, status, cells, found.base.tracking.wait, listener.note)

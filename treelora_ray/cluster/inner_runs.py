@@ -17,7 +17,7 @@ from treelora_ray.methods.shared import Shared
 from treelora_ray.store import local_path
 from treelora_ray.tracking.journal import FILE as JOURNAL
 from treelora_ray.tracking.journal import read
-from treelora_ray.tracking.sender import sync
+from treelora_ray.tracking.sender import Delivery, sync
 from treelora_ray.tracking.store import explained, local_address
 from treelora_ray.tracking.tracked import VARIABLE
 from treelora_ray.training.errors import BusyError, NonFiniteError
@@ -78,9 +78,13 @@ def of_its_own_making(error: BaseException) -> bool:
     return ours and isinstance(error, ValueError | NonFiniteError)
 
 
+def tells_mlflow(base: RunConfig) -> bool:
+    return (os.environ.get(VARIABLE) or base.tracking.to) == "mlflow"
+
+
 def deliver(whole: Path, base: RunConfig, runs: Iterable[Inner], say: Callable[[str], None]) -> None:
     """A driver that died took the messengers of its runs along: what these had still to tell MLflow is told now."""
-    if (os.environ.get(VARIABLE) or base.tracking.to) != "mlflow":
+    if not tells_mlflow(base):
         return
     for each in runs:
         folder = whole / each.run
@@ -89,7 +93,22 @@ def deliver(whole: Path, base: RunConfig, runs: Iterable[Inner], say: Callable[[
         if each.state == "finished" and entries[-1]["kind"] != "ends":
             each.state = "waiting"  # it has nothing left to learn, and says that it has ended
             continue
-        try:
-            sync(folder)
-        except Exception as error:  # of MLflow, which may come back
-            say(f"MLflow does not hear of {each.id} ({explained(error)}): treelora track sync {folder}")
+        _sync(each, folder, say)
+
+
+def deliver_rest(whole: Path, base: RunConfig, runs: Iterable[Inner], say: Callable[[str], None]) -> None:
+    """Runs that failed or were stopped leave MLflow little time: what they had still to tell is told now."""
+    if not tells_mlflow(base):
+        return
+    for each in runs:
+        folder = whole / each.run
+        entries = read(folder / JOURNAL)
+        if entries and entries[-1]["kind"] == "ends" and Delivery(folder).waiting:
+            _sync(each, folder, say)
+
+
+def _sync(each: Inner, folder: Path, say: Callable[[str], None]) -> None:
+    try:
+        sync(folder)
+    except Exception as error:  # of MLflow, which may come back
+        say(f"MLflow does not hear of {each.id} ({explained(error)}): treelora track sync {folder}")

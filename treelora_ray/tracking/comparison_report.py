@@ -70,7 +70,8 @@ def sentence(found: Found) -> str:
     """What the numbers say."""
     states = [cell["state"] for cell in found.cells]
     said = f"{states.count(FINISHED)} of {len(states)} cells have learnt the stream"
-    said += f", {states.count(FAILED)} have failed." if FAILED in states else "."
+    failed = states.count(FAILED)
+    said += f", {failed} {'has' if failed == 1 else 'have'} failed." if failed else "."
     lines = sorted((x for x in found.lines if "op" in x.values), key=lambda x: -x.values["op"].mean)
     if not lines:
         return said

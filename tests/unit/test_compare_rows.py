@@ -139,8 +139,11 @@ def test_what_is_over_stays_over_what_was_cut_off_comes_first_and_what_failed_is
     (tmp_path / "c" / done.run).mkdir(parents=True)
     (tmp_path / "c" / done.run / "result.json").write_text("{}")
     found.failed(failed, "NonFiniteError: x", final=True)
+    found.at_once = 2
     found.begins(cut)
     again = plan(tmp_path, seeds=(0, 1, 2))
+    assert again.at_once == 2  # which their times are read by, though nothing may be left to learn
+    assert again.seconds == pytest.approx(found.seconds)
     assert [(cell.id, cell.state) for cell in again.cells] == [
         ("routed-s1", "waiting"), ("seqlora-s0", "finished"), ("routed-s0", "waiting"), ("seqlora-s1", "waiting"),
         ("seqlora-s2", "waiting"), ("routed-s2", "waiting"),

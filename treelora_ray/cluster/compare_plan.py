@@ -154,7 +154,7 @@ class Comparison:
                 + "\n  ".join(changed)
                 + "\ngive it another name (--name)"
             )
-        self.data, self.seconds = found["data"], found["seconds"]
+        self.data, self.seconds, self.at_once = found["data"], found["seconds"], found["at_once"]
         before = {each["id"]: each for each in found["cells"]}
         for cell in self.cells:
             for name, value in before.get(cell.id, {}).items():

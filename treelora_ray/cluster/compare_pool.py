@@ -19,7 +19,7 @@ from treelora_ray.cluster.compare import LOOKS, take
 from treelora_ray.cluster.compare_cell import Outcome, Progress, learn_cell
 from treelora_ray.cluster.compare_plan import Cell, Comparison
 from treelora_ray.cluster.errors import ClusterLostError, first_line
-from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room
+from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.config import from_mapping
 from treelora_ray.data.task import Kind
 from treelora_ray.methods.shared import Shared
@@ -85,6 +85,7 @@ def on_ray(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[],
     base = found.base
     with connected(base.cluster, listener) as own:
         require_room(of_one_run(base), listener, own)
+        say_gpus(base, listener, "cells use")
         pool = Pool(found, kind, listener)
         try:
             pool.run(stop)

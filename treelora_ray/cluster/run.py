@@ -150,6 +150,13 @@ def of_one_run(base: RunConfig, most: bool = False) -> ClusterConfig:
     return cluster.model_copy(update={"workers": workers or 1})
 
 
+def say_gpus(base: RunConfig, listener: Listener, who: str) -> None:
+    """That there are some which runs among others, such as trials, leave alone."""
+    gpus, cluster = ray.cluster_resources().get("GPU", 0.0), base.cluster
+    if gpus and not cluster.gpus_per_worker and base.model.device != "cpu":
+        listener.note(f"{who} none of the cluster's {gpus:g} GPUs: set cluster.gpus_per_worker=1 to give each one")
+
+
 def require_room(cluster: ClusterConfig, listener: Listener, own: bool) -> None:
     """Waits until the cluster has what the workers ask for; says at once what is missing."""
     deadline, said = time.monotonic() + cluster.wait, False

@@ -24,7 +24,7 @@ from ray._private import auto_init_hook
 from treelora_ray.api import Run
 from treelora_ray.cluster.errors import ClusterError, ClusterLostError
 from treelora_ray.cluster.inner_runs import deliver
-from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room
+from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.cluster.spaces import load_space
 from treelora_ray.cluster.sweep_plan import Sweep, SweepOptions, Trial, sweep_name
 from treelora_ray.cluster.sweep_program import Program
@@ -91,7 +91,7 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
     deliver(sweep.folder.path, sweep.base, (*sweep.trials, *sweep.again), listener.note)
     with connected(base.cluster, listener) as own, _quiet():
         require_room(of_one_run(base), listener, own)
-        _say_gpus(sweep, listener)
+        say_gpus(base, listener, "trials use")
         program = Program(sweep, stop, listener.note)
         conductor = Conductor(sweep, program, _at_once(sweep, listener), listener.note)
         experiment = _Experiment(_tuner(sweep, conductor, Judge(sweep, program)))
@@ -138,12 +138,6 @@ def _say_where(sweep: Sweep, listener: Listener) -> None:
         listener.note(f"the space has {sweep.wanted} settings, fewer than the {options.trials} trials asked for")
     if options.search == "grid" and (size := sweep.space.size) > sweep.wanted:
         listener.note(f"the grid has {size} settings: {sweep.wanted} of them are tried, drawn by the seed")
-
-
-def _say_gpus(sweep: Sweep, listener: Listener) -> None:
-    gpus, cluster = ray.cluster_resources().get("GPU", 0.0), sweep.base.cluster
-    if gpus and not cluster.gpus_per_worker and sweep.base.model.device != "cpu":
-        listener.note(f"trials use none of the cluster's {gpus:g} GPUs: set cluster.gpus_per_worker=1 to give each one")
 
 
 def _conclude(sweep: Sweep, final: Trial) -> None:

@@ -103,9 +103,13 @@ class Run:
         """What was told while it was learnt; need not be there."""
         return self._fetch("journal.jsonl")
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._fetch("checkpoints"))
+
     def checkpoint(self) -> Loaded:
         """The newest that is whole."""
-        found = Checkpoints(self._fetch("checkpoints")).load(lambda _: None)
+        found = self.checkpoints.load(lambda _: None)
         if found is None:
             raise RunError(f"run {self.address} has no checkpoint: go on with `treelora train`")
         return found

@@ -123,6 +123,60 @@ def sweep(
         typer.echo(f"Learn with its config again: treelora train {joined(address, 'best.yaml')}")
 
 
+@app.command()
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="METHOD[:KEY=VALUE...],..., LABEL=METHOD..., all, or a YAML file of rows.")
+    ] = "all",
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2.")] = "0",
+    reach: Annotated[
+        float | None, typer.Option(help="Count steps to this share of the accuracy of row independent, such as 0.95.")
+    ] = None,
+    concurrency: Annotated[str, typer.Option(help="Cells at once; auto: as many as there is room for.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="Left out: made of the config.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, one cell after the other.")] = False,
+    quiet: Annotated[bool, typer.Option(help="Print the comparison's folder only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a stream with several methods and seeds: table, figures. The same again goes on: docs/comparing.md."""
+    from treelora_ray.config import load
+
+    base = load(config, overrides or [])
+    from treelora_ray.cluster.compare import compare as learn_all
+    from treelora_ray.cluster.compare_plan import CompareOptions
+    from treelora_ray.store import joined
+    from treelora_ray.tracking import console as shown
+
+    options = CompareOptions(
+        methods=methods, seeds=_numbers(seeds), name=name, reach=reach, concurrency=_concurrency(concurrency)
+    )
+    listener = shown.listener(quiet, as_json)
+    with _stoppable() as stop:
+        done = learn_all(base, options, listener=listener, stop=stop, local=local)
+    address, failed = done.folder.address, [cell for cell in done.cells if cell.state == "failed"]
+    if isinstance(listener, shown.JsonLines):
+        listener.write("finished", folder=address, failed=[cell.id for cell in failed])
+    elif quiet:
+        typer.echo(address)
+    else:
+        from treelora_ray.tracking.comparison_data import read
+
+        shown.comparison_table(read(address, done.folder.path), _console())
+        typer.echo(f"\nThe comparison lies in {address}: table.md, table.csv, table.tex, figures and report.html")
+        typer.echo(f"Look at one of its runs: treelora report {joined(address, done.cells[0].run)}")
+    if failed:
+        _fail(1, f"{len(failed)} of {len(done.cells)} cells have failed; the same command tries these again")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} are no seeds: write them like 0,1,2", param_hint="--seeds") from None
+
+
 def _concurrency(text: str) -> int | None:
     if text == "auto":
         return None
@@ -154,13 +208,14 @@ def submit(
     detach: Annotated[bool, typer.Option("--detach", help="Send it, and do not follow its log.")] = False,
     run: Annotated[bool, typer.Option("--evaluate", help="CONFIG is a run: measure its scores again.")] = False,
     search: Annotated[bool, typer.Option("--sweep", help="Search settings, with the options of sweep.")] = False,
+    beside: Annotated[bool, typer.Option("--compare", help="Compare methods, with the options of compare.")] = False,
 ) -> None:
     """Learn a stream as a job of a Ray cluster: CONFIG [KEY=VALUE]... as for train. The same again goes on."""
     from treelora_ray.cluster.submit import submit as send
 
-    if run and search:
-        raise typer.BadParameter("give --evaluate or --sweep, not both")
-    command = "evaluate" if run else "sweep" if search else "train"
+    if run + search + beside > 1:
+        raise typer.BadParameter("give one of --evaluate, --sweep and --compare")
+    command = "evaluate" if run else "sweep" if search else "compare" if beside else "train"
     code = send(command, [config, *context.args], address, working_dir, detach, lambda text: typer.echo(text))
     raise typer.Exit(code)
 
@@ -253,19 +308,30 @@ def show(run: RunFolder, as_json: Json = False) -> None:
 def report(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="Folders of runs, of which several are compared; or a sweep's."),
+        typer.Argument(
+            metavar="RUN...", help="Folders of runs, of which several are compared; or a sweep's, or a comparison's."
+        ),
     ],
     target: Annotated[
         Path | None, typer.Option("--output", help="The file; left out: RUN/report.html, of several ./report.html.")
     ] = None,
 ) -> None:
-    """Write one HTML file about a run, several side by side, or a sweep: scores, figures, settings, what it ran on."""
-    from treelora_ray.tracking.report import beside, one_sweep, open_run, write_report
+    """Write one HTML file about a run, several side by side, a sweep or a comparison: scores, figures, settings."""
+    from treelora_ray.tracking.report import beside, one_comparison, one_sweep, open_run, write_report
 
     if (sweep := one_sweep(runs)) is not None:
         from treelora_ray.tracking.sweep_report import write_sweep_report
 
         typer.echo(f"written to {write_sweep_report(sweep, target)}")
+        return
+    if (compared := one_comparison(runs)) is not None:
+        from treelora_ray.tracking.comparison_report import write_comparison, write_comparison_report
+
+        if target is None:
+            write_comparison(str(compared), compared)  # the tables and figures too
+            typer.echo(f"written to {compared / 'report.html'}")
+        else:
+            typer.echo(f"written to {write_comparison_report(str(compared), compared, target)}")
         return
     found = [open_run(run) for run in runs]
     typer.echo(f"written to {write_report(found, target or beside(found, 'report.html'))}")
@@ -276,19 +342,23 @@ def figures(
     run: RunFolder,
     target: Annotated[Path | None, typer.Option("--output", help="The folder; left out: RUN/figures.")] = None,
 ) -> None:
-    """Write the figures of a run or a sweep, as PNG and SVG."""
+    """Write the figures of a run, a sweep or a comparison, as PNG and SVG."""
     from treelora_ray.tracking.figures import write_figures
-    from treelora_ray.tracking.report import beside, one_sweep, open_run
+    from treelora_ray.tracking.report import beside, one_comparison, one_sweep, open_run
 
     if (sweep := one_sweep([run])) is not None:
         from treelora_ray.tracking.sweep_report import write_sweep_figures
 
         written = write_sweep_figures(sweep, target)
+    elif (compared := one_comparison([run])) is not None:
+        from treelora_ray.tracking.comparison_report import write_comparison_figures
+
+        written = write_comparison_figures(str(compared), compared, target)
     else:
         found = open_run(run)
         written = write_figures(found, target or beside([found], "figures"))
     if not written:
-        raise typer.BadParameter(f"{run} has nothing to show yet: no trial has a score", param_hint="RUN")
+        raise typer.BadParameter(f"{run} has nothing to show yet: nothing in it has a score", param_hint="RUN")
     typer.echo(f"{len(written)} files written to {written[0].parent}")
 
 

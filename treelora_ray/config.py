@@ -49,6 +49,9 @@ class StreamConfig(Section):
     """Share of each task's training rows, drawn by the seed, that is held out and takes the place of its test rows,
     which are not opened: what is tuned is judged on these. `rows` and `test_rows` count after the cut (digits: `rows`
     before)."""
+    watch: Positive | None = None
+    """Training rows of each task, drawn by the seed, that are left out of training: while the task is learnt, its
+    accuracy on them is looked at every `evaluate.every` steps. Counted after `holdout`."""
     preset: str | None = None
     """A known data set to split (source split): cifar100, imagenet-r, cub200."""
     classes_per_task: Positive | None = None
@@ -166,6 +169,9 @@ class EvaluateConfig(Section):
     """Rows of one forward pass where nothing is trained."""
     future: bool = False
     """Also score tasks not learnt yet (forward transfer)."""
+    every: Positive | None = None
+    """Steps between two looks at the accuracy of the task being learnt, on the rows of `stream.watch`, with the task
+    known."""
 
 
 class ClusterConfig(Section):
@@ -462,6 +468,11 @@ def _conflicts(config: RunConfig) -> list[str]:
         wrong.append("stream.path is missing: source split needs a data set, or a stream.preset")
     if stream.source == "split" and stream.preset is None and stream.classes_per_task is None:
         wrong.append("stream.classes_per_task is missing: source split cuts a data set into tasks of so many classes")
+    if (stream.watch is None) != (config.evaluate.every is None):
+        wrong.append(
+            "stream.watch says on how many rows a task is watched, evaluate.every after how many steps: give both, or "
+            "leave both out"
+        )
     if train.micro_batch is not None and train.micro_batch > train.batch:
         wrong.append(f"train.micro_batch is {train.micro_batch}, more than train.batch, which is {train.batch}")
     if model.quantize != "none":

@@ -112,6 +112,15 @@ def load_snapshot(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return dict(sorted(tensors.items())), json.loads(text)
 
 
+def snapshot_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Bytes of all tensors of a snapshot, and its meta, without reading the tensors."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    _, _, text = header.pop(RESERVED)[ENTRY].partition(" ")
+    return max((entry["data_offsets"][1] for entry in header.values()), default=0), json.loads(text)
+
+
 def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Name, size and time of change of a file, or of all files in a folder: a look from outside, which costs little."""
     found = sorted(path.rglob("*")) if path.is_dir() else [path]

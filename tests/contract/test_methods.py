@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tests import tiny, toys
 from treelora_ray.data.rows import MemoryRows
+from treelora_ray.data.stream import watched
+from treelora_ray.data.task import TaskStream
 from treelora_ray.files import load_snapshot
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.catalogue import METHODS
@@ -481,3 +483,40 @@ def test_a_mistyped_hook_is_refused() -> None:
 
         class Wrong(Method):
             def before_tsk(self) -> None: ...
+
+
+@ALL
+def test_looking_at_the_accuracy_on_the_way_changes_nothing(variant: str, tmp_path: Path, backbone: Path) -> None:
+    """Neither weights nor scores, and a run that goes on has looked as often as one that was never stopped."""
+    sections = {"stream": {"watch": 6}, "evaluate": {"every": 2}}
+
+    def made(name: str, **more: Any) -> Recorder:
+        found = recorder(tmp_path / name, backbone, VARIANTS[variant], **more)
+        found.stream = TaskStream(tuple(watched(task, 6, 0) for task in found.stream.tasks), "image")
+        found.learner.tasks = found.stream.tasks
+        return found
+
+    plain, looking, stopped = made("plain"), made("looking", **sections), made("stopped", **sections)
+    plain.go()
+    looking.go()
+    assert all(torch.equal(a, b) for a, b in zip(plain.thetas, looking.thetas, strict=True))
+    assert plain.scores == looking.scores
+    looks = [record["effort"]["watched"] for record in looking.records]
+    if len(looking.units) == 1:  # all tasks at once: there is none whose accuracy it would be
+        assert looks == [[]]
+        return
+    for record, seen in zip(looking.records, looks, strict=True):
+        steps = record["effort"]["steps"]
+        assert [at for at, _ in seen] == sorted({*range(0, steps + 1, 2), steps})
+        assert all(
+            0 <= score <= 100 and (score * 6 / 100) == pytest.approx(round(score * 6 / 100)) for _, score in seen
+        )
+    if not looking.thetas:
+        return
+    stopped.stop_after = 3
+    with pytest.raises(Stopped):
+        stopped.go()
+    again = made("stopped", **sections)
+    assert again.resume()
+    again.go()
+    assert [record["effort"]["watched"] for record in again.records] == looks

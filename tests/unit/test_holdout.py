@@ -15,7 +15,7 @@ from treelora_ray.data import digits
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.parquet import ParquetRows
 from treelora_ray.data.rows import MemoryRows, column
-from treelora_ray.data.stream import held_out, open_stream
+from treelora_ray.data.stream import held_out, open_stream, watched
 from treelora_ray.data.task import Task, TaskStream
 
 
@@ -145,3 +145,28 @@ def test_no_test_picture_of_the_digits_is_made(monkeypatch: pytest.MonkeyPatch) 
         assert (len(task.train), len(task.test)) == (30, 10)
         pictures = [image.tobytes() for image in column(task.train, "image") + column(task.test, "image")]
         assert sorted(pictures) == sorted(image.tobytes() for image in column(other.train, "image"))
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=2, max_size=40), st.integers(1, 20), st.integers(0, 9))
+def test_rows_to_watch_are_not_trained_on_and_each_label_stays(labels: list[str], count: int, seed: int) -> None:
+    rows = MemoryRows({"text": [str(i) for i in range(len(labels))], "label": labels})
+    task = Task("some", rows, rows, tuple(sorted(set(labels))))
+    if count > len(labels) - len(set(labels)) or 2 * count > len(labels):
+        with pytest.raises(DataError, match=rf"stream.watch is {count}, which is too many for task 'some' with its"):
+            watched(task, count, seed)
+        return
+    made = watched(task, count, seed)
+    assert made.watch is not None
+    assert len(made.watch) == count
+    assert set(column(made.train, "label")) == set(labels)
+    assert sorted(column(made.train, "text") + column(made.watch, "text"), key=int) == column(rows, "text")
+    assert made.test is rows
+
+
+def test_rows_are_watched_of_what_is_left_after_the_held_out_ones(folder: Path) -> None:
+    held, both = opened(folder), opened(folder, watch=6)
+    for one, other in zip(held.tasks, both.tasks, strict=True):
+        assert split(one)[1] == split(other)[1]
+        assert other.watch is not None
+        assert sorted(split(other)[0] + column(other.watch, "text")) == sorted(split(one)[0])
+    assert {task.watch for task in held.tasks} == {None}

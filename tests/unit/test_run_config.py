@@ -89,6 +89,7 @@ def test_all_mistakes_stand_in_one_report() -> None:
         (["stream.source=parquet"], "stream.path is missing"),
         (["stream.source=split", "stream.path=x"], "stream.classes_per_task is missing"),
         (["train.micro_batch=64"], "train.micro_batch is 64, more than train.batch, which is 32"),
+        (["stream.watch=8"], "evaluate.every after how many steps: give both, or leave both out"),
         (["model.quantize=4bit"], "model.quantize is 4bit, which is not supported"),
         (["model.shard=fsdp"], "model.shard is fsdp, which is not supported"),
         (["objective.packing=true"], "objective.packing is true, which is not supported"),

@@ -222,16 +222,44 @@ def test_a_space_that_cannot_be_searched_is_refused_before_anything_is_sent(
         go(inner, "quickstart", "folder=/s", "--space", space, command="sweep")
 
 
-def test_all_options_of_a_sweep_that_take_a_value_are_known() -> None:
+@pytest.mark.parametrize("command", ["sweep", "compare"])
+def test_all_options_that_take_a_value_are_known(command: str) -> None:
     from typer.main import get_command
 
     from treelora_ray.cli import app
 
-    options = get_command(app).commands["sweep"].params  # type: ignore[attr-defined]
+    options = get_command(app).commands[command].params  # type: ignore[attr-defined]
     takes = {
         name for option in options if option.param_type_name == "option" and not option.is_flag for name in option.opts
     }
-    assert takes == set(module.SWEEP_VALUES)
+    assert takes == set({"sweep": module.SWEEP_VALUES, "compare": module.COMPARE_VALUES}[command])
+
+
+def test_a_comparison_is_sent_with_its_options_and_its_rows(folder: Path, client: Client) -> None:
+    given = ["quickstart", "folder=/s", "--methods=seqlora,ewc:method.lambda=3", "--seeds", "0,1", "--json"]
+    go(ROOT, *given, command="compare")
+    assert words(client)[:2] == ["python", "pipelines/compare.py"]
+    assert pipeline("compare.py")(words(client)[2:]) == [
+        "compare", "quickstart", "folder=/s", "cluster.address=auto", "--methods", "seqlora,ewc:method.lambda=3",
+        "--seeds", "0,1", "--json",
+    ]  # fmt: skip
+    assert client.sent["metadata"] == {"run": "/s/compare-quickstart"}
+    (folder / "rows.yaml").write_text("routed: {method: seqlora}\n")
+    go(folder, "quickstart", "folder=/s", "--methods", str(folder / "rows.yaml"), "--name", "c", command="compare")
+    assert words(client)[-4:] == ["--methods", "rows.yaml", "--name", "c"]
+    assert client.sent["metadata"] == {"run": "/s/c"}
+
+
+@pytest.mark.usefixtures("no_client")
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [("ewd", "did you mean 'ewc'"), ("ewc:method.lamda=1", "row 'ewc lamda=1' cannot be used"), ("a.yaml", "be read")],
+)
+def test_rows_that_cannot_be_compared_are_refused_before_anything_is_sent(
+    folder: Path, methods: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        go(folder, "quickstart", "folder=/s", "--methods", methods, command="compare")
 
 
 def test_a_run_to_evaluate_elsewhere_needs_a_place_that_is_the_same_there(folder: Path, client: Client) -> None:

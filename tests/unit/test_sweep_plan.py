@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from treelora_ray.cluster import sweep_trial
+from treelora_ray.cluster import inner_runs
 from treelora_ray.cluster.errors import ClusterError
 from treelora_ray.cluster.parameters import Parameter, Space
-from treelora_ray.cluster.sweep import _deliver, at_once
+from treelora_ray.cluster.run import at_once
 from treelora_ray.cluster.sweep_plan import FILE, Sweep, SweepOptions, Trial
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
@@ -378,7 +378,7 @@ def lives(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         finally:
             alone.release()
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     return seen
 
 
@@ -416,7 +416,7 @@ def test_while_a_task_is_learnt_the_last_scores_are_said_again(monkeypatch: pyte
         learnt.wait()
         listener.scored(record(0, 50.0))
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     work = Work(base(tmp_path))
     assert work.next(0.01) == {"percent": 0.0, "done": False}
     learnt.set()
@@ -428,7 +428,7 @@ def test_what_ends_a_run_is_raised_where_tune_asks(monkeypatch: pytest.MonkeyPat
     def run(*_: Any, **__: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(sweep_trial, "run", run)
+    monkeypatch.setattr(inner_runs, "run", run)
     work = Work(base(tmp_path))
     with pytest.raises(OSError, match="disk is full"):
         work.next(9)
@@ -442,7 +442,7 @@ def test_a_finished_trial_that_never_said_its_end_is_taken_up_again_to_say_it(
     """Its driver was killed between the last task and the end: MLflow would show it running for ever."""
     monkeypatch.setenv("TREELORA_TRACKING", "mlflow")
     delivered: list[Path] = []
-    monkeypatch.setattr("treelora_ray.cluster.sweep.sync", delivered.append)
+    monkeypatch.setattr(inner_runs, "sync", delivered.append)
     sweep = made(tmp_path)
     trial = sweep.trials[0]
     trial.state = "finished"
@@ -450,6 +450,6 @@ def test_a_finished_trial_that_never_said_its_end_is_taken_up_again_to_say_it(
     folder.mkdir(parents=True)
     journal = [{"kind": kind, "at": 0} for kind in ("begins", last)]
     (folder / JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in journal))
-    _deliver(sweep, Listener())
+    inner_runs.deliver(sweep.folder.path, sweep.base, sweep.trials, Listener().note)
     assert trial.state == becomes
     assert delivered == ([folder] if last == "ends" else [])

@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,27 @@ def needed(cluster: ClusterConfig) -> dict[str, float]:
     least = cluster.workers[0] if isinstance(cluster.workers, tuple) else cluster.workers
     found = {"CPU": float(least * cluster.cpus_per_worker), "GPU": float(least * cluster.gpus_per_worker)}
     return {name: count for name, count in found.items() if count}
+
+
+def at_once(base: RunConfig, resources: Mapping[str, float]) -> int:
+    """Runs for which there is room, with all their workers: so that none ever waits for what another holds."""
+    wanted = needed(of_one_run(base, most=True))
+    return max(1, min(int(resources.get(name, 0.0) / count) for name, count in wanted.items()))
+
+
+def of_one_run(base: RunConfig, most: bool = False) -> ClusterConfig:
+    """What a run among others asks for, as its workers do: one of them, where it learns in its own process."""
+    cluster, workers = base.cluster, base.cluster.workers
+    if isinstance(workers, tuple):
+        workers = workers[1] if most else workers[0]
+    return cluster.model_copy(update={"workers": workers or 1})
+
+
+def say_gpus(base: RunConfig, listener: Listener, who: str) -> None:
+    """That there are some which runs among others, such as trials, leave alone."""
+    gpus, cluster = ray.cluster_resources().get("GPU", 0.0), base.cluster
+    if gpus and not cluster.gpus_per_worker and base.model.device != "cpu":
+        listener.note(f"{who} none of the cluster's {gpus:g} GPUs: set cluster.gpus_per_worker=1 to give each one")
 
 
 def require_room(cluster: ClusterConfig, listener: Listener, own: bool) -> None:

@@ -35,6 +35,8 @@ SWEEP_VALUES = (
     "--time-budget", "--name",
 )  # fmt: skip
 
+COMPARE_VALUES = ("--methods", "--seeds", "--reach", "--concurrency", "--name")
+
 ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # these two only fill the console
@@ -62,7 +64,7 @@ def submit(
     detach: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Sends `treelora COMMAND ARGUMENTS` ("train", "evaluate" or "sweep") and follows its log unless `detach`.
+    """Sends `treelora COMMAND ARGUMENTS` (train, evaluate, sweep or compare) and follows its log unless `detach`.
 
     `address` is the dashboard's, http://HEAD:8265, or auto for a cluster on this machine. Exit code: 0 if the job
     succeeded (detached: if it was sent), 1 if it did not, 130 if Ctrl-C ended the following.
@@ -71,7 +73,7 @@ def submit(
     here = _is_loopback(address)
     if not arguments or arguments[0].startswith("-"):
         raise ClusterError(f"{command} needs its {'run' if command == 'evaluate' else 'config'} first, got {arguments}")
-    prepare = {"train": _train, "evaluate": _evaluate, "sweep": _sweep}[command]
+    prepare = {"train": _train, "evaluate": _evaluate, "sweep": _sweep, "compare": _compare}[command]
     job = prepare(arguments, here, working_dir.resolve())
     client = _connect(address)
     _require_alone(client, job)
@@ -129,6 +131,26 @@ def _sweep(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
     start = _start("sweep", "sweep.py", arguments[0], working_dir)
     words = [*overrides, *added, "cluster.address=auto", *options]
     return _job(config, sweep_name(config, space.name, given.get("--name")), [*start, *words], notes, here)
+
+
+def _compare(arguments: Sequence[str], here: bool, working_dir: Path) -> Job:
+    """Its rows are checked here, but for what only the data can tell, and travel where they are a file."""
+    from treelora_ray.cluster.compare_plan import comparison_name
+    from treelora_ray.cluster.compare_rows import read_rows
+    from treelora_ray.config import with_values
+
+    overrides, options = _split(arguments[1:], COMPARE_VALUES)
+    config = load(arguments[0], overrides)
+    given = dict(pairwise(options))
+    wanted = given.get("--methods", "all")
+    for row in read_rows(wanted, [config.method.name]):
+        with_values(config, row.values(config), f"row {row.label!r}")
+    added, notes = _places(config, here)
+    if Path(wanted).is_file():
+        options[options.index("--methods") + 1] = _travelling(Path(wanted), working_dir)
+    start = _start("compare", "compare.py", arguments[0], working_dir)
+    words = [*overrides, *added, "cluster.address=auto", *options]
+    return _job(config, comparison_name(config, given.get("--name")), [*start, *words], notes, here)
 
 
 def _places(config: RunConfig, here: bool) -> tuple[list[str], list[str]]:

@@ -23,22 +23,18 @@ from ray._private import auto_init_hook
 
 from treelora_ray.api import Run
 from treelora_ray.cluster.errors import ClusterError, ClusterLostError
-from treelora_ray.cluster.run import connected, needed, require_room
+from treelora_ray.cluster.inner_runs import deliver
+from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.cluster.spaces import load_space
 from treelora_ray.cluster.sweep_plan import Sweep, SweepOptions, Trial, sweep_name
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
 from treelora_ray.cluster.sweep_trial import Trial as Actor
-from treelora_ray.config import ClusterConfig, RunConfig, with_values
+from treelora_ray.config import RunConfig, with_values
 from treelora_ray.data.stream import open_stream
 from treelora_ray.files import locked
 from treelora_ray.models.kept import Backbones
 from treelora_ray.store import RunFolder, joined, local_path, open_folder
-from treelora_ray.tracking.journal import FILE as JOURNAL
-from treelora_ray.tracking.journal import read
-from treelora_ray.tracking.sender import sync
-from treelora_ray.tracking.store import explained
-from treelora_ray.tracking.tracked import VARIABLE
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -92,10 +88,10 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
         return
     base = sweep.base
     _say_where(sweep, listener)
-    _deliver(sweep, listener)
+    deliver(sweep.folder.path, sweep.base, (*sweep.trials, *sweep.again), listener.note)
     with connected(base.cluster, listener) as own, _quiet():
-        require_room(_of_trial(base), listener, own)
-        _say_gpus(sweep, listener)
+        require_room(of_one_run(base), listener, own)
+        say_gpus(base, listener, "trials use")
         program = Program(sweep, stop, listener.note)
         conductor = Conductor(sweep, program, _at_once(sweep, listener), listener.note)
         experiment = _Experiment(_tuner(sweep, conductor, Judge(sweep, program)))
@@ -144,29 +140,6 @@ def _say_where(sweep: Sweep, listener: Listener) -> None:
         listener.note(f"the grid has {size} settings: {sweep.wanted} of them are tried, drawn by the seed")
 
 
-def _deliver(sweep: Sweep, listener: Listener) -> None:
-    """A driver that died took the messengers of its trials along: what these had still to tell MLflow is told now."""
-    if (os.environ.get(VARIABLE) or sweep.base.tracking.to) != "mlflow":
-        return
-    for trial in (*sweep.trials, *sweep.again):
-        folder = sweep.folder.path / trial.run
-        if not trial.over or not (entries := read(folder / JOURNAL)):
-            continue
-        if trial.state == "finished" and entries[-1]["kind"] != "ends":
-            trial.state = "waiting"  # its run has nothing left to learn, and says that it has ended
-            continue
-        try:
-            sync(folder)
-        except Exception as error:  # of MLflow, which may come back
-            listener.note(f"MLflow does not hear of {trial.id} ({explained(error)}): treelora track sync {folder}")
-
-
-def _say_gpus(sweep: Sweep, listener: Listener) -> None:
-    gpus, cluster = ray.cluster_resources().get("GPU", 0.0), sweep.base.cluster
-    if gpus and not cluster.gpus_per_worker and sweep.base.model.device != "cpu":
-        listener.note(f"trials use none of the cluster's {gpus:g} GPUs: set cluster.gpus_per_worker=1 to give each one")
-
-
 def _conclude(sweep: Sweep, final: Trial) -> None:
     """What the winner scores on test rows; or why there is none."""
     if sweep.winner is None:
@@ -190,20 +163,6 @@ def _at_once(sweep: Sweep, listener: Listener) -> int:
     if wanted is not None and wanted > room:
         listener.note(f"{wanted} trials at once are more than the cluster has room for: {room} at once")
     return room if wanted is None else min(wanted, room)
-
-
-def at_once(base: RunConfig, resources: Mapping[str, float]) -> int:
-    """Trials for which there is room, with all their workers: so that none ever waits for what another holds."""
-    wanted = needed(_of_trial(base, most=True))
-    return max(1, min(int(resources.get(name, 0.0) / count) for name, count in wanted.items()))
-
-
-def _of_trial(base: RunConfig, most: bool = False) -> ClusterConfig:
-    """What a trial asks for, as a run's workers do: one of them, where it learns in its own process."""
-    cluster, workers = base.cluster, base.cluster.workers
-    if isinstance(workers, tuple):
-        workers = workers[1] if most else workers[0]
-    return cluster.model_copy(update={"workers": workers or 1})
 
 
 def _tuner(sweep: Sweep, conductor: Conductor, judge: Judge) -> tune.Tuner:

@@ -12,30 +12,26 @@ again, and one that has not goes on from its run's checkpoints.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.inner_runs import absolute, placed
 from treelora_ray.cluster.parameters import Space, grid_settings, random_settings
 from treelora_ray.config import RunConfig, flat, free_key, run_name, with_values
 from treelora_ray.files import write_atomically
-from treelora_ray.store import RunFolder, joined, local_path
-from treelora_ray.tracking.store import local_address
+from treelora_ray.store import RunFolder, joined
 
 FILE, WINNER = "sweep.json", "winner"
 METRICS = {"val_op": "max", "forgetting": "min", "seconds": "min"}  # what a trial reports, and which end is the better
 SEARCHES, SCHEDULERS = ("random", "optuna", "grid"), ("asha", "none")
 HOLDOUT = 0.2  # of each task's training rows, where the config does not say
-TRIES = 3  # of a trial that fails
-PLACES = ("stream.path", "method.prior")
 PACKAGES = ("treelora-ray", "torch", "ray", "optuna")
 NO_PBT = (
     "scheduler pbt is not offered: it copies weights from one trial into another and changes settings on the way, so "
@@ -129,7 +125,7 @@ class Sweep:
     """One sweep in its folder, new or as it was left."""
 
     def __init__(self, base: RunConfig, space: Space, options: SweepOptions, folder: RunFolder) -> None:
-        self.base, self.space, self.options, self.folder = _absolute(base), space, options, folder
+        self.base, self.space, self.options, self.folder = absolute(base), space, options, folder
         self.name = sweep_name(base, space.name, options.name)
         self.trials: list[Trial] = []
         self.again: list[Trial] = []
@@ -226,17 +222,8 @@ class Sweep:
         return next(trial.parameters for trial in self.trials if trial.id == self.winner["trial"])
 
     def _placed(self, parameters: Mapping[str, Any], own: Mapping[str, Any], name: str, folder: str) -> RunConfig:
-        place: dict[str, Any] = {
-            "name": name,
-            "folder": folder,
-            "tracking.group": self.base.tracking.group or self.name,
-        }
-        if not self.base.train.threads:
-            place["train.threads"] = self.base.cluster.cpus_per_worker
-        told = self.base.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if not told and (path := local_path(self.base.folder)) is not None:
-            place["tracking.uri"] = local_address(path)  # one database for trials, winner and other runs
-        return with_values(self.base, {**self.space.fixed, **parameters, **own, **place}, f"trial {name}")
+        values = {**self.space.fixed, **parameters, **own}
+        return placed(self.base, values, name, folder, self.name, f"trial {name}")
 
     # -- how far it is
 
@@ -311,17 +298,6 @@ def _over_seeds(metric: str, trials: Sequence[Trial]) -> dict[str, Any]:
     values = [trial.history[-1][metric] for trial in trials]
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "std": std, "seeds": [trial.seed for trial in trials], "scores": values}
-
-
-def _absolute(base: RunConfig) -> RunConfig:
-    """Trials run in processes that lie elsewhere: paths of this one must mean the same there."""
-    data = flat(base.model_dump(mode="json", by_alias=True))
-    found = {key: str(data[key]) for key in PLACES if data.get(key) and "://" not in data[key]}
-    if Path(base.model.backbone).is_dir():
-        found["model.backbone"] = base.model.backbone
-    if local_path(base.folder) is not None:
-        found["folder"] = base.folder
-    return with_values(base, {key: str(Path(value).absolute()) for key, value in found.items()}, "the config")
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from treelora_ray.cluster.sweep_plan import METRICS, TRIES, WINNER, Sweep, Trial
+from treelora_ray.cluster.inner_runs import TRIES
+from treelora_ray.cluster.sweep_plan import METRICS, WINNER, Sweep, Trial
 from treelora_ray.cluster.sweep_program import Program
 
 REDUCTION = 3  # of so many trials at a rung of ASHA one goes on

@@ -12,24 +12,22 @@ from __future__ import annotations
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from treelora_ray.api import run
 from treelora_ray.cluster.errors import first_line
+from treelora_ray.cluster.inner_runs import learn, of_its_own_making
 from treelora_ray.config import RunConfig, from_mapping
 from treelora_ray.methods.shared import Shared
 from treelora_ray.models.kept import Packed
-from treelora_ray.training.errors import BusyError, NonFiniteError, Stopped
+from treelora_ray.training.errors import Stopped
 from treelora_ray.training.record import score_table
 from treelora_ray.training.stream import Listener
 
 EVERY = 1.0  # seconds between two steps, while a task is learnt
-OLD_PROCESS = 60.0  # seconds that the process of a driver that has died may take to let go of a run
 Values = dict[str, Any]
 
 
@@ -109,24 +107,12 @@ class Work:
     def _work(self) -> None:
         scores = Scores(self._tell)
         try:
-            _learn(self.config, scores, self.ending.is_set, self.shared)
+            learn(self.config, scores, self.ending.is_set, self.shared)
             self.told.put({**scores.values(), "done": True})
         except Stopped:
             pass
         except Exception as error:
             self.told.put(error)
-
-
-def _learn(config: RunConfig, listener: Listener, stop: Callable[[], bool], shared: Shared | None) -> None:
-    deadline = time.monotonic() + OLD_PROCESS
-    while True:
-        try:
-            run(config, listener=listener, stop=stop, shared=shared)
-            return
-        except BusyError:
-            if time.monotonic() > deadline or stop():
-                raise
-            time.sleep(0.5)
 
 
 class Trial(tune.Trainable):
@@ -147,8 +133,7 @@ class Trial(tune.Trainable):
         try:
             return self.work.next(EVERY)
         except Exception as error:
-            # Our own errors say what is wrong with the settings: no other try mends it, and nothing is broken.
-            final = type(error).__module__.startswith("treelora_ray") and isinstance(error, ValueError | NonFiniteError)
+            final = of_its_own_making(error)
             self.failed = None if final else error
             return {"error": f"{type(error).__name__}: {first_line(error)}", "final": final, "done": final}
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from treelora_ray.config import StreamConfig
+from treelora_ray.core.layout import IntArray
 from treelora_ray.data.batches import permuted
 from treelora_ray.data.errors import DataError
 from treelora_ray.data.rows import Rows, SubsetRows, column, digest
@@ -76,24 +77,41 @@ def held_out(task: Task, share: float, seed: int) -> Task:
     share holds out the rows of a smaller one and more.
     """
     count = len(task.train)
-    drawn = permuted(np.arange(count), count, f"{seed}/{task.name}/held out")
-    labels = np.array(column(task.train, "label"), dtype=np.str_)[drawn] if task.labels else np.zeros(count)
-    _, last = np.unique(labels[::-1], return_index=True)
-    free = np.delete(drawn, count - 1 - last)
-    if not len(free):
+    kept, held = _cut(task, f"{seed}/{task.name}/held out", max(1, round(share * count)))
+    if not len(held):
         raise DataError(
             f"no row of task {task.name!r} can be held out: it has one training row of each label, which has to stay; "
             "add rows, or leave out stream.holdout"
         )
-    held = free[: max(1, round(share * count))]
-    kept = np.setdiff1d(np.arange(count), held)
-    train, test = SubsetRows(task.train, kept), SubsetRows(task.train, np.sort(held))
-    return dataclasses.replace(task, train=train, test=test)
+    return dataclasses.replace(task, train=SubsetRows(task.train, kept), test=SubsetRows(task.train, held))
+
+
+def watched(task: Task, count: int, seed: int) -> Task:
+    """The task with so many of its training rows set apart to look at while it is learnt; one of each label stays."""
+    kept, apart = _cut(task, f"{seed}/{task.name}/watched", count)
+    if len(apart) < count or len(apart) > len(kept):
+        raise DataError(
+            f"stream.watch is {count}, which is too many for task {task.name!r} with its {len(task.train)} training "
+            "rows: at most half of them, and one of each label has to stay"
+        )
+    return dataclasses.replace(task, train=SubsetRows(task.train, kept), watch=SubsetRows(task.train, apart))
+
+
+def _cut(task: Task, key: str, most: int) -> tuple[IntArray, IntArray]:
+    """Training rows that stay, and at most so many that do not, in their order; the last one drawn of a label stays."""
+    count = len(task.train)
+    drawn = permuted(np.arange(count), count, key)
+    labels = np.array(column(task.train, "label"), dtype=np.str_)[drawn] if task.labels else np.zeros(count)
+    _, last = np.unique(labels[::-1], return_index=True)
+    held = np.delete(drawn, count - 1 - last)[:most]
+    return np.setdiff1d(np.arange(count), held), np.sort(held)
 
 
 def _opened(source: Source, config: StreamConfig, seed: int) -> tuple[Task, ...]:
     opened = (source.open(name) for name in selected(source.names, config.tasks))
     tasks = opened if config.holdout is None else (held_out(task, config.holdout, seed) for task in opened)
+    if config.watch is not None:
+        tasks = (watched(task, config.watch, seed) for task in tasks)
     return tuple(
         dataclasses.replace(
             task,

@@ -31,6 +31,8 @@ class Task:
     """Which tasks belong together, where that is known: for judging trees, never an input of a method."""
     score: str = "accuracy"
     """Prompts and answers: how generated answers are scored, a name of `objectives.scores.SCORES`."""
+    watch: Rows | None = None
+    """Rows that are not trained on, for looks at the accuracy while the task is learnt."""
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -48,6 +48,7 @@ class Effort:
     queries: int = 0
     pass_rows: int = 0
     reused: dict[str, float] = field(default_factory=dict)  # of these what another run had computed, and its seconds
+    watched: list[list[float]] = field(default_factory=list)  # [steps, percent] at each look while it was learnt
 
     def __post_init__(self) -> None:
         self._within: list[float] = []  # seconds that inner phases have taken of each phase under way
@@ -181,6 +182,18 @@ class Learner:
             yield
         finally:
             self.adapter.data.copy_(own)
+
+    @contextmanager
+    def answering_as_trained(self) -> Iterator[None]:
+        """The head answers with the rows in training as they are now, then as it was again."""
+        before = self.head.take(self.rows) if self.rows else None
+        if before is not None:
+            self.head.put(self.rows, self.head_parameter.detach())
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.head.put(self.rows, before)
 
     # -- the optimizer
 

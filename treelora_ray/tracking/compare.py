@@ -91,7 +91,15 @@ def compare(entries: Sequence[Entry]) -> Comparison:
             group.append(entry)
         else:
             notes.append(f"{entry.name} is left out: {twin.name} has the same settings and the same seed.")
-    groups = list(together.values())
+    return _compared(list(together.values()), None, notes)
+
+
+def compare_rows(rows: Mapping[str, Sequence[Entry]]) -> Comparison:
+    """Groups that are known beforehand, by their labels; each has runs of other seeds."""
+    return _compared([list(runs) for runs in rows.values()], list(rows), [])
+
+
+def _compared(groups: list[list[Entry]], labels: Sequence[str] | None, notes: list[str]) -> Comparison:
     kept = [entry for group in groups for entry in group]
     tasks, staged, basis = shared(kept)
     if staged:
@@ -102,7 +110,7 @@ def compare(entries: Sequence[Entry]) -> Comparison:
         ]
     differences = _differences(groups)
     notes += _notes(groups, differences, tasks)
-    labels = _labels(groups, differences)
+    labels = labels or _labels(groups, differences)
     found = [_group(label, group, tasks, staged) for label, group in zip(labels, groups, strict=True)]
     return Comparison(found, tasks, basis, notes, differences)
 

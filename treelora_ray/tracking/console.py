@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from treelora_ray.training.stream import Listener
+
+if TYPE_CHECKING:
+    from treelora_ray.tracking.comparison_data import Found
 
 PLAIN_EVERY = 5.0  # seconds between plain lines
 
@@ -186,6 +189,21 @@ def sweep_table(sweep: Mapping[str, Any], console: Console) -> None:
     if winner["test"]:
         text += f"; on test rows {winner['test']['op']:.2f}"
     console.print(text, highlight=False)
+
+
+def comparison_table(found: Found, console: Console) -> None:
+    """A row for each method; then what has failed, and why."""
+    from treelora_ray.tracking.comparison_table import cell, failures, seeds
+
+    table = Table(title="mean ± standard deviation over seeds", title_justify="left", pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for title in ("seeds", *(column.title for column in found.columns)):
+        table.add_column(title, justify="right")
+    for line in found.lines:
+        table.add_row(escape(line.label), seeds(line), *(cell(line, column) for column in found.columns))
+    console.print(table)
+    for text in failures(found):
+        console.print(escape(text), highlight=False)
 
 
 def times(records: Sequence[Mapping[str, Any]], console: Console) -> None:

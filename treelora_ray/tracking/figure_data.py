@@ -15,7 +15,7 @@ import numpy as np
 from treelora_ray.tracking.journal import read
 
 Data = dict[str, Any]
-PHASES = ("statistics", "probe", "train", "query", "evaluate", "checkpoint")
+PHASES = ("statistics", "probe", "train", "query", "watch", "evaluate", "checkpoint")
 STAGES = 6  # trees drawn side by side
 POINTS = 120  # of a loss curve, a task
 

@@ -116,6 +116,28 @@ def dark(colour: str) -> Any:
     return red * share, green * share, blue * share
 
 
+def names_beside(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Beside each point, where no other point or name lies; else left out."""
+    size = 7.5
+    along = np.log10 if axis.get_xscale() == "log" else float
+    (left, right), (low, high) = map(along, axis.get_xlim()), axis.get_ylim()
+    per_x, per_y = (
+        (figure.get_figwidth() - 1.9) * 72 / (right - left),
+        (figure.get_figheight() - 1.0) * 72 / (high - low),
+    )
+    taken = [((along(x) - left) * per_x, (y - low) * per_y, 7.0, 7.0) for x, y, _ in points]
+    for x, y, name in sorted(points, key=lambda point: -point[1]):
+        at, wide = ((along(x) - left) * per_x, (y - low) * per_y), 0.3 * size * len(name)
+        for dx, dy in ((0, 11), (0, -11), (wide + 9, 0), (-wide - 9, 0)):
+            box = (at[0] + dx, at[1] + dy, wide, size / 2)
+            if not any(abs(box[0] - b[0]) < box[2] + b[2] and abs(box[1] - b[1]) < box[3] + b[3] for b in taken):
+                taken.append(box)
+                axis.annotate(
+                    name, (x, y), (dx, dy), textcoords="offset points", size=size, ha="center", va="center", zorder=6
+                )
+                break
+
+
 def label(name: str) -> str:
     return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 2 :]}"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from treelora_ray.tracking import comparison_figures, figure_trees, sweep_figures
 from treelora_ray.tracking import figure_parts as parts
-from treelora_ray.tracking import figure_trees, sweep_figures
 from treelora_ray.tracking.figure_data import Data, figure_data
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _losses(data: Data) -> Figure:
 
 def _compare(data: Data) -> Figure:
     n = len(data["tasks"])
-    figure = parts.figure(data, 7.5, 3.6)
+    figure = parts.figure(data, 7.5, max(3.6, 0.24 * len(data["lines"]) + 0.6))
     axis = figure.subplots()
     after = np.arange(1, n + 1)
     for number, (line, colour) in enumerate(zip(data["lines"], parts.colours(len(data["lines"])), strict=True)):
@@ -245,6 +245,8 @@ DRAWN: dict[str, Callable[[Data], Figure]] = {
     "times": _times,
     "losses": _losses,
     "compare": _compare,
+    "comparison_speed": comparison_figures.speed,
+    "comparison_reach": comparison_figures.reach,
     "sweep_front": sweep_figures.front,
     "sweep_importance": sweep_figures.importance,
     "sweep_parallel": sweep_figures.parallel,

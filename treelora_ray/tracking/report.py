@@ -10,6 +10,7 @@ from treelora_ray.api import Run
 from treelora_ray.files import write_atomically
 from treelora_ray.store import local_path
 from treelora_ray.tracking.compare import Comparison, Entry, Group, Value, compare
+from treelora_ray.tracking.comparison_data import is_comparison
 from treelora_ray.tracking.figure_data import Data
 from treelora_ray.tracking.page import Html, bullets, page, table, tag, text
 from treelora_ray.tracking.report_run import MEASURES, NOT_RECORDED, figure, one_run, score_table, sections, sentence
@@ -43,6 +44,14 @@ def one_sweep(addresses: Sequence[str]) -> Path | None:
     folders = [path for address in addresses if (path := local_path(address)) is not None and is_sweep(path)]
     if folders and len(addresses) > 1:
         raise RunError(f"{folders[0]} is a sweep, whose page already compares its trials: give it alone")
+    return folders[0] if folders else None
+
+
+def one_comparison(addresses: Sequence[str]) -> Path | None:
+    """The folder of a comparison, which is reported by itself too."""
+    folders = [path for address in addresses if (path := local_path(address)) is not None and is_comparison(path)]
+    if folders and len(addresses) > 1:
+        raise RunError(f"{folders[0]} is a comparison, whose page already compares its runs: give it alone")
     return folders[0] if folders else None
 
 

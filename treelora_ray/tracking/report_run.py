@@ -39,6 +39,8 @@ CAPTIONS = {
     "times": "Probing and statistics are what the method costs beside training.",
     "losses": "Means over stretches of steps; each colour change is a new task.",
     "compare": "Means over seeds of the mean score on the tasks seen so far; the band is one standard deviation.",
+    "comparison_speed": "Means over seeds; the lines are one standard deviation. Up and to the left is better.",
+    "comparison_reach": "Means over tasks and seeds. A task that never came so far counts with all its steps.",
     "sweep_front": "Trials that came to the end. Ringed are those that no other beats in one of accuracy, time and "
     "forgetting without losing in another; one that lies within the ringed ones' reach forgets less.",
     "sweep_importance": "Longer bars matter more. One that ends left of its red tick explains no more than shuffled "

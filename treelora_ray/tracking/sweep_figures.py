@@ -52,30 +52,10 @@ def front(data: Data) -> Figure:
     axis.margins(0.08, 0.1)
     axis.grid(color=parts.PALE)
     axis.set_axisbelow(True)
-    _names(figure, axis, [(p["seconds"], p["val_op"], p["trial"]) for p in (on if len(points) > MANY else points)])
+    named = on if len(points) > MANY else points
+    parts.names_beside(figure, axis, [(p["seconds"], p["val_op"], p["trial"]) for p in named])
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     return figure
-
-
-def _names(figure: Figure, axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Beside each point, where no other point or name lies; else left out."""
-    size = 7.5
-    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
-    per_x, per_y = (
-        (figure.get_figwidth() - 1.9) * 72 / (right - left),
-        (figure.get_figheight() - 1.0) * 72 / (high - low),
-    )
-    taken = [((x - left) * per_x, (y - low) * per_y, 7.0, 7.0) for x, y, _ in points]
-    for x, y, name in sorted(points, key=lambda point: -point[1]):
-        at, wide = ((x - left) * per_x, (y - low) * per_y), 0.3 * size * len(name)
-        for dx, dy in ((0, 11), (0, -11), (wide + 9, 0), (-wide - 9, 0)):
-            box = (at[0] + dx, at[1] + dy, wide, size / 2)
-            if not any(abs(box[0] - b[0]) < box[2] + b[2] and abs(box[1] - b[1]) < box[3] + b[3] for b in taken):
-                taken.append(box)
-                axis.annotate(
-                    name, (x, y), (dx, dy), textcoords="offset points", size=size, ha="center", va="center", zorder=6
-                )
-                break
 
 
 def importance(data: Data) -> Figure:

@@ -49,7 +49,7 @@ def provenance(config: RunConfig, learner: Learner) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "device": str(learner.device),
-        "packages": {name: _version(name) for name in PACKAGES} | dict([origin] if origin else []),
+        "packages": {name: version_of(name) for name in PACKAGES} | dict([origin] if origin else []),
         "python": sys.version.split()[0],
         "commit": _commit(),
         "submission": submission(),
@@ -68,7 +68,7 @@ def submission() -> str | None:
 
 
 @cache
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treelora_ray.core.errors import SnapshotError
 from treelora_ray.core.merge import AdapterBank
-from treelora_ray.files import load_snapshot, part, save_snapshot
+from treelora_ray.files import load_snapshot, part, save_snapshot, snapshot_header
 from treelora_ray.methods.base import Method
 from treelora_ray.objectives.base import TaskInfo
 from treelora_ray.training.errors import RunError
@@ -77,6 +77,16 @@ class Checkpoints:
             for path in self.adapters.glob("*.safetensors"):
                 if path.stem not in named:
                     path.unlink()
+
+    def bytes_of_newest(self) -> dict[str, int]:
+        """`memory`: all tensors of the newest checkpoint and of the adapters it names; `stored`: these files."""
+        newest = self.paths()[-1]
+        memory, meta = snapshot_header(newest)
+        adapters = [self.adapters / f"{name}.safetensors" for name in set(meta["bank"]["slots"].values())]
+        return {
+            "memory": memory + sum(snapshot_header(path)[0] for path in adapters),
+            "stored": sum(path.stat().st_size for path in (newest, *adapters)),
+        }
 
     def load(self, note: Callable[[str], None]) -> Loaded | None:
         """The newest checkpoint that is whole; None where there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class StreamRun:
         _require_epochs(config, len(stream.tasks))
         self.units = method.units(len(stream.tasks))
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self.evaluator = Evaluator(method)
+        self.evaluator, self.watcher = Evaluator(method), Evaluator(method, "oracle")
         self.prints = fingerprints(stream)
         self.done = 0  # units
         self.step: int | None = None  # within the unit in progress
@@ -128,6 +128,7 @@ class StreamRun:
             self.listener.phase("looking")
             loop.begin_task(self.method, unit)
             self.step = 0
+            self._watch(0)
         self.listener.phase("training")
         with learner.effort.timed("train"):
             loop.train_task(self.method, self.step, self._after_step, self.save)
@@ -157,7 +158,20 @@ class StreamRun:
             "folder": str(self.files),
         }
 
+    def _watch(self, step: int) -> None:
+        """The accuracy after so many steps on rows that are not trained on, every few steps and after the last."""
+        every, unit = self.config.evaluate.every, self.learner.unit
+        if every is None or len(unit) > 1 or (step % every and step < self.learner.steps):
+            return
+        (number,) = unit
+        task = self.stream.tasks[number]
+        assert task.watch is not None
+        with self.learner.effort.timed("watch"), self.learner.answering_as_trained():
+            score = self.watcher.score(number, replace(task, test=task.watch))
+        self.learner.effort.watched.append([step, score])
+
     def _after_step(self, step: int, of: int, loss: float, norm: float) -> None:
+        self._watch(step + 1)
         self.listener.step(step, of, loss)
         whole = sum(record["effort"]["steps"] for record in self.records) + step
         self.tracker.step(self.done, step, of, whole, loss, lambda: self._values(step, norm))

@@ -1,0 +1,145 @@
+"""A comparison: the driver.
+
+compare ─► Comparison (comparison.json) ─► cells, one after the other here, or by a pool of processes on Ray
+                                       └─► table, figures, report, whatever ended it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+from treelora_ray.cluster.compare_cell import Outcome, learn_cell
+from treelora_ray.cluster.compare_plan import Cell, CompareOptions, Comparison, comparison_name, with_looks
+from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.inner_runs import deliver, deliver_rest, tells_mlflow
+from treelora_ray.config import RunConfig, StreamConfig, with_values
+from treelora_ray.data.stream import open_stream
+from treelora_ray.data.task import Kind
+from treelora_ray.files import locked
+from treelora_ray.methods.shared import Shared
+from treelora_ray.store import joined, local_path, open_folder
+from treelora_ray.tracking.parent import tell_parent
+from treelora_ray.training.errors import RunError, Stopped
+from treelora_ray.training.stream import Listener
+
+LOOKS = ".looks"  # what cells have seen of tasks, for other cells
+
+
+def compare(
+    base: RunConfig,
+    options: CompareOptions,
+    *,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    local: bool = False,
+) -> Comparison:
+    """Learns a config's stream with several methods and seeds, from where the comparison of this name was left.
+
+    `local`: in this process, one cell after the other, without Ray. Raises `Stopped` when asked to stop; a cell that
+    fails is marked, and the others go on.
+    """
+    listener = listener or Listener()
+    name = comparison_name(base, options.name)
+    base = with_values(base, {"name": name, **with_looks(base, options)}, "the comparison")
+    if local:
+        base = with_values(base, {"cluster.workers": 0}, "the comparison")
+    kind = kind_of_stream(base.stream, base.seed)
+    address = joined(base.folder, name)
+    if (path := local_path(address)) is not None:
+        address = str(path.absolute())
+    with open_folder(address) as folder:
+        folder.lock.parent.mkdir(parents=True, exist_ok=True)
+        busy = ClusterError(f"another process runs comparison {folder}: wait for it, or give another name (--name)")
+        with locked(folder.lock, busy):
+            found = Comparison(base, "causal-lm" if kind == "prompt" else "classification", options, folder)
+            found.save()
+            try:
+                _learn(found, kind, listener, stop, local)
+            finally:
+                _report(found, listener)
+                _tell(found, listener, stop())
+            return found
+
+
+def kind_of_stream(config: StreamConfig, seed: int) -> Kind:
+    """By the first row of its first task."""
+    first = config.tasks[:1] if isinstance(config.tasks, list) else 1
+    least = {"tasks": first, "rows": 1, "test_rows": 1, "holdout": None, "watch": None, "score": "accuracy"}
+    return open_stream(config.model_copy(update=least), seed).kind
+
+
+def _learn(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[], bool], local: bool) -> None:
+    deliver(found.folder.path, found.base, found.cells, listener.note)
+    if not found.left:
+        return
+    over = len(found.cells) - len(found.left)
+    if found.seconds:
+        listener.note(f"going on with {found.folder}: {over} of {len(found.cells)} cells have ended")
+    if local:
+        _here(found, listener, stop)
+    else:
+        from treelora_ray.cluster.compare_pool import on_ray  # the only way from here to ray
+
+        on_ray(found, kind, listener, stop)
+    if found.left:
+        raise Stopped(found.folder.address)
+    with suppress(OSError):
+        _clear(found)
+    if not any(cell.state == "finished" for cell in found.cells):
+        errors = "\n  ".join(f"{cell.id}: {cell.error}" for cell in found.cells)
+        raise RunError(f"no cell of comparison {found.folder} has learnt the stream:\n  {errors}")
+
+
+def _here(found: Comparison, listener: Listener, stop: Callable[[], bool]) -> None:
+    shared = Shared(note=listener.note)
+    while not stop() and (cell := found.next()) is not None:
+        found.begins(cell)
+        listener.note(f"{cell.id} begins")
+        known = found.data.get(str(cell.seed))
+        take(found, cell, learn_cell(found.config(cell), known, listener, stop, shared), listener)
+
+
+def take(found: Comparison, cell: Cell, outcome: Outcome, listener: Listener) -> None:
+    """Writes down what came of a cell, and says it."""
+    if "data" in outcome:
+        found.pin(cell, outcome["data"])
+    if outcome["state"] == "finished":
+        found.finished(cell, outcome["kept"])
+        over = len(found.cells) - len(found.left)
+        took = f"{outcome['op']:.1f}%, {outcome['seconds']:.0f} s"
+        listener.note(f"{cell.id} is learnt: {took}; {over} of {len(found.cells)} cells have ended")
+    elif outcome["state"] == "stopped":
+        found.waits(cell)
+    else:
+        found.failed(cell, outcome["error"], outcome["final"])
+        what = "has failed" if cell.over else "failed, and is tried again"
+        listener.note(f"{cell.id} {what}: {outcome['error']}")
+
+
+def _clear(found: Comparison) -> None:
+    import shutil
+
+    shutil.rmtree(found.folder.path / LOOKS, ignore_errors=True)
+
+
+def _report(found: Comparison, listener: Listener) -> None:
+    """Of what is known, however the comparison has ended."""
+    from treelora_ray.tracking.comparison_report import write_comparison
+
+    try:
+        write_comparison(found.folder.address, found.folder.path)
+        found.folder.push()
+    except Exception as error:  # what has been learnt, and what has ended it, weigh more
+        listener.note(f"the table could not be written ({error}): treelora report {found.folder} tries again")
+
+
+def _tell(found: Comparison, listener: Listener, stopped: bool) -> None:
+    """MLflow, of the whole."""
+    if not tells_mlflow(found.base) or found.folder.stored:
+        return
+    deliver_rest(found.folder.path, found.base, found.cells, listener.note)
+    failed = any(cell.state == "failed" for cell in found.cells)
+    status = "KILLED" if stopped or found.left else "FAILED" if failed else "FINISHED"
+    cells = [found.folder.path / cell.run for cell in found.cells]
+    tell_parent(found.folder.path, status, cells, found.base.tracking.wait, listener.note)

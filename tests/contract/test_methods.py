@@ -43,6 +43,8 @@ VARIANTS: dict[str, Options] = {
     "o-lora": {"name": "o-lora", "lambda_2": 0.01},
     "ncm": {"name": "ncm"},
     "ncm-first": {"name": "ncm", "features": "first_task", "score": "mahalanobis"},
+    "sapt": {"name": "sapt", "hidden": 8},
+    "sapt-kl": {"name": "sapt", "hidden": 8, "replay": "kl", "memory": 5, "replay_batch": 3},
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
@@ -69,6 +71,7 @@ WITHOUT = {
     "der++": ({"name": "der++", "alpha": 0, "beta": 0}, {"name": "seqlora"}),
     "der++, no memory": ({"name": "der++", "memory": 0}, {"name": "seqlora"}),
     "o-lora": ({"name": "o-lora", "lambda": 0}, {"name": "seqlora", "variant": "merge_new"}),
+    "sapt": ({"name": "sapt", "replay": "kl", "lambda": 0}, {"name": "sapt"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},

@@ -12,6 +12,7 @@ from treelora_ray.methods import (
     ogd,
     olora,
     replay,
+    sapt,
     seqlora,
     treelora,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "olora",
     "register",
     "replay",
+    "sapt",
     "seqlora",
     "treelora",
 ]

@@ -152,6 +152,23 @@ class NcmOptions(Options):
     """Features of the model as loaded, or with the adapter that was trained on the first task and is frozen since."""
 
 
+class SaptOptions(Options):
+    """An adapter for each task; all of them answer each row, in a mixture that its tokens choose."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    hidden: Positive = 100
+    """Width of the query network between its two layers."""
+    replay: Literal["none", "kl"] = "none"
+    """kl: what chose the mixtures of earlier tasks is held to them. none: nothing of earlier tasks is looked at."""
+    lambda_: Share = Field(default=1.0, alias="lambda")
+    """Strength of that (the paper's: 0.5 for T5, 1 for LLaMA); 0 turns it off."""
+    memory: Positive = 100
+    """Rows of each task whose pooled tokens are kept for it, drawn uniformly by the seed."""
+    replay_batch: Positive | None = None
+    """How many of them a step looks at, for each earlier task; as many as `train.batch` where it is left out."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -204,5 +221,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "der++": DerOptions,
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
+    "sapt": SaptOptions,
     "treelora": TreeLoraOptions,
 }

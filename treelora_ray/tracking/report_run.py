@@ -49,6 +49,7 @@ CAPTIONS = {
 }
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
+FRESH = ("independent", "joint", "ncm", "sapt")
 # Methods whose adapter goes on from task to task.
 ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
 
@@ -233,7 +234,7 @@ def start_of(method: Mapping[str, Any]) -> str:
             "previous": "the task before",
             "fresh": "fresh",
         }[start]
-    known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
+    known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before")
     if method.get("variant") == "merge_new" or method["name"] == "o-lora":
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

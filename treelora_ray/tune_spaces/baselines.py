@@ -91,6 +91,16 @@ def ncm() -> dict[str, Any]:
     return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
 
 
+def sapt() -> dict[str, Any]:
+    """All adapters in a mixture that each row chooses, with and without replay of mixtures."""
+    return {
+        **_common("sapt"),
+        "method.replay": tune.choice(["none", "kl"]),
+        "method.lambda": tune.loguniform(0.05, 5.0),
+        "method.hidden": tune.choice([50, 100, 200]),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -169,6 +169,29 @@ class SaptOptions(Options):
     """How many of them a step looks at, for each earlier task; as many as `train.batch` where it is left out."""
 
 
+class OsfOptions(Options):
+    """The weights themselves are trained, but for their largest singular directions, of which each task keeps more."""
+
+    schedule: Literal["linear", "adaptive"] = "linear"
+    """The share of a matrix's singular directions that is frozen: linear over the tasks, or adaptive, by how like the
+    output of its block is to its input."""
+    first: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Linear: the share with the first task."""
+    last: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Linear: the share with the last task of the stream."""
+    least: Annotated[float, Field(gt=0, le=0.95)] = 0.1
+    """Adaptive: the share of a block whose output has nothing of its input, and the smallest."""
+    usual: Annotated[float, Field(gt=0, le=0.95)] = 0.8
+    """Adaptive: the share of a block that is as like as the mean of all; the largest share is 0.95."""
+    sample: Positive = 64
+    """Adaptive: rows of a task on which that is measured, drawn uniformly by the seed."""
+    keep_frozen: bool = True
+    """Directions once frozen stay so, also where what was learnt has grown above them."""
+    retract: bool = True
+    """After each step what has come to lie in frozen directions is taken out, for the optimizer's steps are not along
+    the gradient. Without it only gradients are projected."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -222,5 +245,6 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "o-lora": OLoraOptions,
     "ncm": NcmOptions,
     "sapt": SaptOptions,
+    "osf": OsfOptions,
     "treelora": TreeLoraOptions,
 }

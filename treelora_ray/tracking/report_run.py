@@ -235,6 +235,8 @@ def start_of(method: Mapping[str, Any]) -> str:
             "fresh": "fresh",
         }[start]
     known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before")
+    if method["name"] == "osf":
+        return "none: the weights go on, with the largest singular directions frozen"
     if method.get("variant") == "merge_new" or method["name"] == "o-lora":
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

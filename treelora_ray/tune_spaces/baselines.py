@@ -101,6 +101,16 @@ def sapt() -> dict[str, Any]:
     }
 
 
+def osf() -> dict[str, Any]:
+    """The weights themselves, outside of their largest singular directions; rank means nothing here."""
+    return {
+        "method": {"name": "osf"},
+        "train.lr": tune.loguniform(1e-5, 1e-2),
+        "method.first": tune.uniform(0.25, 0.75),
+        "method.last": tune.uniform(0.75, 0.95),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

@@ -280,6 +280,41 @@ def test_layers_outside_of_blocks_have_no_adaptive_schedule() -> None:
         block_of("attention.query")
 
 
+def test_weights_that_are_stored_the_other_way_round_are_trained_and_merged_as_others(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    words = tiny.tokenizer(tmp_path)
+    sizes: dict[str, Any] = {"vocab_size": len(words), "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2)).save_pretrained(tmp_path)
+    made = toys.ready(tmp_path, "osf", 1, "prompt", train={"lr": 0.05, "epochs": 1})
+    assert isinstance(made, Osf)
+    before = begun(made, 0)
+    assert [weight.shape for weight in before.values()] == [(48, 16)]
+    train(made)
+    (split,) = made.splits.values()
+    rows = made.learner.tasks[0].test.take(range(2))
+    seen = made.learner.features(rows).detach()
+    end_task(made)
+    torch.testing.assert_close(made.learner.features(rows).detach(), seen, rtol=0, atol=1e-5)
+    u, s, v = split.high
+    for name, weight in weights(made).items():
+        torch.testing.assert_close(u.T @ weight, s.unsqueeze(1) * v, rtol=0, atol=1e-5)
+        assert float((weight - before[name]).abs().max()) > 1e-3
+
+
+def test_gradients_are_the_same_where_blocks_are_computed_again(backbone: Path) -> None:
+    found = []
+    for again in (False, True):
+        made = osf(backbone, sections={"model": {"gradient_checkpointing": again}})
+        begin_task(made, (0,))
+        learner = made.learner
+        for part in ([(0, 0), (0, 1)], [(0, 2)]):  # gradients of parts add up in the buffer
+            learner.objective.loss(learner.fetch(part))[0].backward()
+        found.append(learner.grad.clone())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    assert float(found[0][learner.layout.total :].abs().min()) > 0
+
+
 def test_factors_do_not_decay(told: Told) -> None:
     """It would erase the pretrained tail."""
     optimizer = told.made.learner.start_optimizer()

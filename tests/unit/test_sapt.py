@@ -12,10 +12,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tests import tiny, toys
+from treelora_ray.api import Run
 from treelora_ray.methods.sapt import Sapt, divergence, spread
 from treelora_ray.tracking.export import export_task
 from treelora_ray.training.errors import RunError
 from treelora_ray.training.loop import begin_task
+from treelora_ray.training.stream import StreamRun
 
 HELD = {"replay": "kl", "memory": 9, "replay_batch": 4}
 
@@ -308,6 +310,16 @@ def test_rows_that_come_in_parts_have_the_weight_of_their_row() -> None:
     assert spread(weights, torch.zeros(2, 5, 3)).shape == (2, 1, 1)
     with pytest.raises(AssertionError, match="3 rows came to a layer for 2"):
         spread(weights, torch.zeros(3, 5, 3))
+
+
+def test_a_run_has_no_folder_of_adapters_and_opens_all_the_same(tmp_path: Path, backbone: Path) -> None:
+    made = sapt(backbone, sections={"train": {"epochs": 1}})
+    StreamRun(made.learner.config, toys.stream(1), made, tmp_path).go()
+    assert not (tmp_path / "adapters").exists()
+    (tmp_path / "config.yaml").write_text(made.learner.config.to_yaml())
+    run, rows = Run(tmp_path), toys.images(0, 6, 3).take(range(6))
+    assert run.adapters == {}
+    assert run.predict(rows).text == made.learner.objective.answer(rows, [0] * 6, None)
 
 
 def test_no_adapter_is_exported_that_answers_otherwise_than_the_run(tmp_path: Path) -> None:

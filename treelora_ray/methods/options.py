@@ -291,6 +291,46 @@ class HideLoraOptions(HideOptions):
     """An adapter for each task; one head infers the task, the other is fit over all classes, to pseudo-features."""
 
 
+class SaptOptions(Options):
+    """An adapter for each task; all of them answer each row, in a mixture that its tokens choose."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    hidden: Positive = 100
+    """Width of the query network between its two layers."""
+    replay: Literal["none", "kl"] = "none"
+    """kl: what chose the mixtures of earlier tasks is held to them. none: nothing of earlier tasks is looked at."""
+    lambda_: Share = Field(default=1.0, alias="lambda")
+    """Strength of that (the paper's: 0.5 for T5, 1 for LLaMA); 0 turns it off."""
+    memory: Positive = 100
+    """Rows of each task whose pooled tokens are kept for it, drawn uniformly by the seed."""
+    replay_batch: Positive | None = None
+    """How many of them a step looks at, for each earlier task; as many as `train.batch` where it is left out."""
+
+
+class OsfOptions(Options):
+    """The weights themselves are trained, but for their largest singular directions, of which each task keeps more."""
+
+    schedule: Literal["linear", "adaptive"] = "linear"
+    """The share of a matrix's singular directions that is frozen: linear over the tasks, or adaptive, by how like the
+    output of its block is to its input."""
+    first: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Linear: the share with the first task."""
+    last: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Linear: the share with the last task of the stream."""
+    least: Annotated[float, Field(gt=0, le=0.95)] = 0.1
+    """Adaptive: the share of a block whose output has nothing of its input, and the smallest."""
+    usual: Annotated[float, Field(gt=0, le=0.95)] = 0.8
+    """Adaptive: the share of a block that is as like as the mean of all; the largest share is 0.95."""
+    sample: Positive = 64
+    """Adaptive: rows of a task on which that is measured, drawn uniformly by the seed."""
+    keep_frozen: bool = True
+    """Directions once frozen stay so, also where what was learnt has grown above them."""
+    retract: bool = True
+    """After each step what has come to lie in frozen directions is taken out, for the optimizer's steps are not along
+    the gradient. Without it only gradients are projected."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -352,6 +392,8 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "slao": SlaoOptions,
     "fix": FixOptions,
     "hide-lora": HideLoraOptions,
+    "sapt": SaptOptions,
+    "osf": OsfOptions,
     "treelora": TreeLoraOptions,
 }
 BUILT_IN = tuple(METHOD_OPTIONS)  # the others come from outside, and are added when they are asked for

@@ -39,6 +39,7 @@ class Model:
         self.width = int(getattr(net.config, "hidden_size", 0) or net.config.get_text_config().hidden_size)
         self.truncated = 0
         self.digest = ""  # of the frozen model, where runs share it
+        self.asked: Callable[[Inputs], None] | None = None  # told what is to be answered, before each pass that does
         targets = adapters.find_targets(net, config.lora)
         order = adapters.forward_order(net, targets, lambda: net(**self.probe()))
         self.net = adapters.inject(net, config.lora, order, self.task_type, seed).eval()
@@ -57,6 +58,22 @@ class Model:
 
     def features(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError
+
+    def embedded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """[B, T, e] tokens as they enter the frozen model, without places; [B, T] which ask: no padding, no answer."""
+        ids = inputs["input_ids"]
+        asks = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if "labels" in inputs:
+            asks = asks & (inputs["labels"] < 0)
+        return self._embed(ids), asks
+
+    @torch.no_grad()
+    def _embed(self, values: Tensor) -> Any:
+        return self.backbone.get_input_embeddings()(values)
+
+    def _tell(self, inputs: Inputs) -> None:
+        if self.asked is not None:
+            self.asked(inputs)
 
     def _checkpoint_gradients(self) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -98,6 +115,10 @@ class Model:
     def transposed(self, name: str) -> bool:
         """Whether its weight is stored as [d_in, d_out]."""
         return not isinstance(self.linear(name), nn.Linear)
+
+    @property
+    def is_plain(self) -> bool:
+        return self._off > 0
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -173,8 +194,16 @@ class ImageModel(Model):
             x = (x - mean) / std
         return self.to_device({"pixel_values": x.to(self.backbone.dtype)})
 
+    def embedded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """[B, T, e] patches as they enter the model; [B, T] all of them ask."""
+        found = self._embed(inputs["pixel_values"])
+        found = found[0] if isinstance(found, tuple) else found
+        patches = found.flatten(2).transpose(1, 2) if found.ndim == 4 else found
+        return patches, torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
+
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the first token, or the mean of all."""
+        self._tell(inputs)
         hidden: Tensor = self.net(**inputs).last_hidden_state
         return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)).float()
 
@@ -209,6 +238,7 @@ class TextModel(Model):
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the mean over the tokens of the text, or the first."""
+        self._tell(inputs)
         hidden: Tensor = self.net(**inputs).last_hidden_state
         return hidden[:, 0].float() if self.pooling == "cls" else _mean(hidden, inputs["attention_mask"])
 
@@ -277,12 +307,14 @@ class CausalModel(Model):
         return self.to_device({"input_ids": ids, "attention_mask": mask})
 
     def logits(self, inputs: Inputs) -> Tensor:
-        """[B, T, vocabulary]"""
+        """[B, T, vocabulary]; labels, where they are given, are not looked at."""
+        self._tell(inputs)
         found: Tensor = self.net(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         return found
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the mean of the last hidden state over the tokens."""
+        self._tell(inputs)
         done = self.net(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True
         )
@@ -321,6 +353,7 @@ class CausalModel(Model):
         greedy = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=self.end, pad_token_id=self.pad
         )
+        self._tell(inputs)
         done = self.net.generate(**inputs, generation_config=greedy)
         new = done[:, inputs["input_ids"].shape[1] :].tolist()
         ends = [row.index(self.end) if self.end in row else len(row) for row in new]

@@ -25,9 +25,8 @@ class CausalLM:
         return Batch(inputs, int((inputs["labels"][:, 1:] >= 0).sum()))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        inputs = {key: value for key, value in batch.inputs.items() if key != "labels"}
         with self.model.autocast(self.precision):
-            logits = self.model.logits(inputs)
+            logits = self.model.logits(batch.inputs)
         nll = F.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), batch.inputs["labels"][:, 1:].flatten(), reduction="sum"
         )

@@ -51,6 +51,7 @@ CAPTIONS = {
 }
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
+FRESH = ("independent", "joint", "ncm", "sapt")
 # Methods whose adapter goes on from task to task.
 ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++", "tasl")
 
@@ -237,12 +238,14 @@ def start_of(method: Mapping[str, Any]) -> str:
         }[start]
     if method["name"] == "hide-lora":
         return {"previous": "the task before", "fresh": "fresh"}[method["start"]]
-    known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
-    known |= {"slao": "the task before, with the rows of its A made orthonormal"}
+    known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before")
+    known |= {
+        "slao": "the task before, with the rows of its A made orthonormal",
+        "osf": "none: the weights go on, with the largest singular directions frozen",
+        "sd-lora": "fresh, beside the directions of the tasks before",
+    }
     if method.get("variant") == "merge_new" or method["name"] in ("o-lora", "inflora"):
         return "fresh, on weights with the tasks before folded in"
-    if method["name"] == "sd-lora":
-        return "fresh, beside the directions of the tasks before"
     return known.get(method["name"], NOT_RECORDED)
 
 

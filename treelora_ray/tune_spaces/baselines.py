@@ -139,6 +139,26 @@ def fix() -> dict[str, Any]:
     return {"method": {"name": "fix"}, "method.shots": tune.grid_search([1, 2, 4, 6, 8])}
 
 
+def sapt() -> dict[str, Any]:
+    """All adapters in a mixture that each row chooses, with and without replay of mixtures."""
+    return {
+        **_common("sapt"),
+        "method.replay": tune.choice(["none", "kl"]),
+        "method.lambda": tune.loguniform(0.05, 5.0),
+        "method.hidden": tune.choice([50, 100, 200]),
+    }
+
+
+def osf() -> dict[str, Any]:
+    """The weights themselves, outside of their largest singular directions; rank means nothing here."""
+    return {
+        "method": {"name": "osf"},
+        "train.lr": tune.loguniform(1e-5, 1e-2),
+        "method.first": tune.uniform(0.25, 0.75),
+        "method.last": tune.uniform(0.75, 0.95),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

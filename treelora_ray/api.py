@@ -20,7 +20,7 @@ from treelora_ray.data.stream import open_stream
 from treelora_ray.data.task import TaskStream
 from treelora_ray.files import locked, write_atomically
 from treelora_ray.methods.base import Method
-from treelora_ray.methods.catalogue import make
+from treelora_ray.methods.catalogue import METHODS, make
 from treelora_ray.methods.comm import Comm
 from treelora_ray.methods.guides import MakeGuide
 from treelora_ray.methods.learner import Learner
@@ -91,7 +91,9 @@ class Run:
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """By task, its folder that peft loads."""
+        """By task, its folder that peft loads; none where no adapter answers as the run does."""
+        if METHODS[self.config.method.name].unexported:
+            return {}
         folder = self._fetch("adapters")
         return {task: folder / task for task in self.tasks}
 

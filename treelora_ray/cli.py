@@ -74,7 +74,8 @@ def train(
         typer.echo(done.address)
     else:
         shown.score_tables(done.result, _console())
-        typer.echo(f"\nThe run lies in {done.address}; its adapters in {joined(done.address, 'adapters')}")
+        adapters = f"; its adapters in {joined(done.address, 'adapters')}" if done.adapters else ""
+        typer.echo(f"\nThe run lies in {done.address}{adapters}")
         typer.echo(f"Look again: treelora show {done.address}")
 
 

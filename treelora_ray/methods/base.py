@@ -41,6 +41,8 @@ class Method:
     """Whether a task is inferred first, whose classes then answer; else classes of all tasks compete."""
     adapts: ClassVar[bool] = True
     """Whether the adapter is trained."""
+    unexported: ClassVar[str] = ""
+    """In words, why no LoRA adapter answers as the run does; empty where one does for each task."""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -22,6 +22,7 @@ from treelora_ray.models import adapters
 from treelora_ray.models.errors import ModelError
 from treelora_ray.models.kept import Backbones
 from treelora_ray.models.loading import folder_of, from_pretrained
+from treelora_ray.models.prompting import Prompting
 
 Inputs = dict[str, Tensor]
 
@@ -46,6 +47,7 @@ class Model:
         if config.gradient_checkpointing:
             self._checkpoint_gradients()
         self._off = 0
+        self.prompting: Prompting | None = None  # what a method puts into the encoder
 
     def probe(self) -> Inputs:
         """The smallest input the model takes."""
@@ -55,7 +57,14 @@ class Model:
         raise NotImplementedError
 
     def features(self, inputs: Inputs) -> Tensor:
+        """[B, d]; where a prompt's tokens stand before those of the inputs, the mean of what becomes of them."""
         raise NotImplementedError
+
+    def encoded(self, inputs: Inputs) -> tuple[Tensor, int]:
+        """[B, n + T, d] what the last block says, and how many tokens n of a prompt stand first."""
+        tokens = 0 if self.prompting is None else self.prompting.begin(inputs)
+        hidden: Tensor = self.net(**inputs).last_hidden_state
+        return hidden, tokens
 
     def _checkpoint_gradients(self) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -97,6 +106,10 @@ class Model:
     def transposed(self, name: str) -> bool:
         """Whether its weight is stored as [d_in, d_out]."""
         return not isinstance(self.linear(name), nn.Linear)
+
+    @property
+    def is_plain(self) -> bool:
+        return self._off > 0
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -174,7 +187,9 @@ class ImageModel(Model):
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the first token, or the mean of all."""
-        hidden: Tensor = self.net(**inputs).last_hidden_state
+        hidden, tokens = self.encoded(inputs)
+        if tokens:
+            return hidden[:, :tokens].float().mean(1)
         return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)).float()
 
 
@@ -208,7 +223,9 @@ class TextModel(Model):
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the mean over the tokens of the text, or the first."""
-        hidden: Tensor = self.net(**inputs).last_hidden_state
+        hidden, tokens = self.encoded(inputs)
+        if tokens:
+            return hidden[:, :tokens].float().mean(1)
         return hidden[:, 0].float() if self.pooling == "cls" else _mean(hidden, inputs["attention_mask"])
 
 

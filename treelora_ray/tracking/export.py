@@ -13,6 +13,7 @@ from typing import Any
 
 from treelora_ray.api import Run
 from treelora_ray.files import new_folder
+from treelora_ray.methods.catalogue import METHODS
 from treelora_ray.models.adapters import load_exported
 from treelora_ray.models.errors import ModelError
 from treelora_ray.models.loading import folder_of, from_pretrained, quiet
@@ -47,6 +48,8 @@ def export_task(run: Run, task: str, target: Path, merge: bool = False, force: b
     if task not in run.tasks:
         near = get_close_matches(task, run.tasks, 1, 0)
         raise RunError(f"run {run.address} has learnt no task {task!r}; did you mean {near[0]!r}?")
+    if said := METHODS[run.config.method.name].unexported:
+        raise RunError(f"run {run.address} has no adapter of {task}: {said}")
     source = run.adapters[task]
     if not (source / "adapter_config.json").is_file():
         raise RunError(f"run {run.address} lacks the adapter of {task}: there is no {source / 'adapter_config.json'}")

@@ -51,6 +51,10 @@ NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 # Methods whose adapter goes on from task to task.
 ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
+PROMPTS = {
+    "l2p": "none: the pool of prompts of the task before",
+    "dualprompt": "none: a new prompt, beside that of all tasks",
+}
 
 
 def one_run(run: Run) -> str:
@@ -234,6 +238,8 @@ def start_of(method: Mapping[str, Any]) -> str:
             "fresh": "fresh",
         }[start]
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
+    if method["name"] in PROMPTS:
+        return PROMPTS[method["name"]]
     if method.get("variant") == "merge_new" or method["name"] == "o-lora":
         return "fresh, on weights with the tasks before folded in"
     return known.get(method["name"], NOT_RECORDED)

@@ -203,8 +203,8 @@ class StreamRun:
         return path
 
     def _export(self, unit: tuple[int, ...]) -> None:
-        """Adapters of the unit's tasks as plain peft folders, each with its rows of the head."""
-        if not self.leads:
+        """Adapters of the unit's tasks as plain peft folders, each with its rows of the head, where these answer."""
+        if not self.leads or self.method.unexported:
             return
         for task in self.method.changed(unit):
             export_adapter(self.method, task, self.folder / "adapters" / self.stream.tasks[task].name)

@@ -1,0 +1,53 @@
+"""What methods have in common that train prompts in place of adapters: the adapter stays as drawn and adds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from treelora_ray.config import Options
+from treelora_ray.methods import memory
+from treelora_ray.methods.base import Method
+from treelora_ray.methods.learner import Learner
+from treelora_ray.models.backbone import Inputs
+from treelora_ray.models.prompting import Inserted, Prompting
+
+
+class Prompted(Method):
+    """A sample's query is what the model says of it without prompts, and is never trained."""
+
+    objectives = ("classification",)
+    adapts = False
+    unexported = "prompts within the model answer, for which no LoRA adapter stands; `treelora model` writes the whole"
+
+    def __init__(self, learner: Learner, options: Options) -> None:
+        super().__init__(learner, options)
+        self.prompting = learner.model.prompting = Prompting(learner.model, self.inserted)
+
+    def inserted(self, inputs: Inputs) -> Inserted:
+        """What stands before these inputs."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def query(self, inputs: Inputs) -> Tensor:
+        """[B, d] frozen features, as the router has them."""
+        with self.learner.model.plain():
+            return self.learner.model.features(inputs).float()
+
+    def drawn(self, what: str, shape: Sequence[int], spread: float = 1.0) -> Tensor:
+        """Uniform between -spread and spread, from the run's seed; of a key, 1 sets how far a step turns it."""
+        generator = torch.Generator().manual_seed(memory.number(f"{self.learner.config.seed}/{what}"))
+        return torch.empty(*shape).uniform_(-spread, spread, generator=generator).to(self.learner.device)
+
+
+def nearness(query: Tensor, keys: Tensor) -> Tensor:
+    """[B, M] cosines of queries [B, d] and keys [M, d]."""
+    return F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).T
+
+
+def nearest(found: Tensor, count: int) -> Tensor:
+    """[B, count] places of the largest of [B, M]; equal ones, to 6 digits, in the order in which they stand."""
+    return (-found.detach().double().round(decimals=6)).argsort(dim=-1, stable=True)[:, :count]

@@ -53,7 +53,20 @@ VARIANTS: dict[str, Options] = {
         "key_start": "drawn",
         "spread": 0.5,
     },
+    "hide-lora": {"name": "hide-lora", "centroids": 2, "samples": 8, "fit_epochs": 3, "contrast": 0.1},
+    "hide-lora-fresh": {"name": "hide-lora", "summary": "covariance", "samples": 8, "fit_epochs": 3, "start": "fresh"},
+    "hide-prompt": {
+        "name": "hide-prompt",
+        "layers": [0, 1],
+        "length": 2,
+        "centroids": 2,
+        "samples": 8,
+        "fit_epochs": 3,
+        "contrast": 0.1,
+        "momentum": 0.1,
+    },
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
+    "treelora-hide": {"name": "treelora", "decomposition": "hide", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
     "treelora-budget": {"name": "treelora", "guide": {"budget": 1, "gate": 0.0}},
     "treelora-query": {"name": "treelora", "query_every": 2, "query_batch": 4, "guide": {"observe": "query"}},
@@ -65,7 +78,7 @@ VARIANTS: dict[str, Options] = {
 }
 TRAINED = {"ncm": 0, "ncm-first": 1}  # tasks that are trained on; of the others all
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
-TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm"}
+TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm", "hide-lora", "hide-prompt"}
 ALL = pytest.mark.parametrize("variant", list(VARIANTS))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
@@ -79,6 +92,7 @@ WITHOUT = {
     "der++": ({"name": "der++", "alpha": 0, "beta": 0}, {"name": "seqlora"}),
     "der++, no memory": ({"name": "der++", "memory": 0}, {"name": "seqlora"}),
     "o-lora": ({"name": "o-lora", "lambda": 0}, {"name": "seqlora", "variant": "merge_new"}),
+    "hide-lora": ({"name": "hide-lora", "momentum": 0, "contrast": 0}, {"name": "seqlora"}),
     "treelora": ({"name": "treelora", "lambda": 0, "start": "fresh"}, {"name": "independent"}),
     "treelora, prox": (
         {"name": "treelora", "lambda": 0, "start": "fresh", "penalty": "prox"},
@@ -185,7 +199,7 @@ def test_u3_what_is_kept_of_earlier_tasks_is_frozen(variant: str, tmp_path: Path
     head = made.learner.head.weight.clone()
     kept = made.method.bank[0] if made.method.bank is not None else None
     made._learn(made.units[1])
-    if VARIANTS[variant]["name"] not in TRAINS_OLD_ROWS:
+    if VARIANTS[variant]["name"] not in TRAINS_OLD_ROWS and "decomposition" not in VARIANTS[variant]:
         assert torch.equal(made.learner.head.weight[:2], head)
     if kept is not None:
         assert made.method.bank is not None
@@ -294,12 +308,15 @@ def test_u5_a_resumed_run_is_the_uninterrupted_one(variant: str, at: int, tmp_pa
     assert_same(whole, resumed)
 
 
+SPEAKS = [
+    name
+    for name, options in VARIANTS.items()
+    if "causal-lm" in METHODS[options["name"]].objectives and "decomposition" not in options
+]
 LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}}
 
 
-@pytest.mark.parametrize(
-    "variant", [name for name in VARIANTS if "causal-lm" in METHODS[VARIANTS[name]["name"]].objectives]
-)
+@pytest.mark.parametrize("variant", SPEAKS)
 def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
     variant: str, tmp_path: Path, llama: Path
 ) -> None:

@@ -367,7 +367,14 @@ def test_the_exported_adapter_is_the_run_s_own(kind: str, runs: dict[str, Run], 
     assert (card["task"], card["merged"], card["digest"]) == (task, False, done.config.digest)
 
 
-@pytest.mark.parametrize("method", [{"name": "l2p"}, {"name": "dualprompt", "g_layers": [0], "e_layers": [1, 2]}])
+PROMPTED: list[dict[str, Any]] = [
+    {"name": "l2p"},
+    {"name": "dualprompt", "g_layers": [0], "e_layers": [1, 2]},
+    {"name": "hide-prompt", "layers": [0, 1], "samples": 8, "fit_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("method", PROMPTED, ids=lambda method: method["name"])
 def test_prompts_are_no_adapter_but_a_model(method: dict[str, Any], tmp_path: Path) -> None:
     stream = {"tasks": 2, "rows": 64, "test_rows": 40}
     done = run({"folder": str(tmp_path), "method": method, "stream": stream, "train": {"steps": 2, "threads": 1}})

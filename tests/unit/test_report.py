@@ -209,6 +209,7 @@ def test_one_sentence_says_what_the_numbers_say() -> None:
         ({"name": "seqlora", "variant": "merge_new"}, "fresh, on weights with the tasks before folded in"),
         ({"name": "independent"}, "fresh"),
         ({"name": "l2p"}, "none: the pool of prompts of the task before"),
+        ({"name": "hide-lora", "start": "previous"}, "the task before"),
         ({"name": "of somebody else"}, "not recorded"),
     ],
 )

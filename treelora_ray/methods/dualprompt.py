@@ -5,18 +5,17 @@ Wang et al. 2022, arXiv 2204.04799.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from treelora_ray.config import ConfigError, Options
+from treelora_ray.config import Options
 from treelora_ray.methods.base import register
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import DualPromptOptions
-from treelora_ray.methods.prompted import Prompted, nearest, nearness
+from treelora_ray.methods.prompted import Prompted, nearest, nearness, prefixes
 from treelora_ray.models.backbone import Inputs
 from treelora_ray.models.prompting import Inserted
 from treelora_ray.objectives.base import Batch
@@ -33,7 +32,8 @@ class DualPrompt(Prompted):
         super().__init__(learner, options)
         assert isinstance(options, DualPromptOptions)
         self.options, self.width = options, self.prompting.width
-        _require(options, len(self.prompting.blocks), learner.config.model.backbone)
+        self.require_blocks("g_layers", options.g_layers)
+        self.require_blocks("e_layers", options.e_layers)
         self.shapes = (
             (len(options.g_layers), 2, options.g_length, self.width),  # blocks, keys or values, rows, width
             (len(options.e_layers), 2, options.e_length, self.width),
@@ -41,7 +41,6 @@ class DualPrompt(Prompted):
         self.shared = self.drawn("dualprompt/g", self.shapes[0], options.spread)
         self.experts: list[Tensor] = []  # of finished tasks
         self.keys: list[Tensor] = []  # [d] of finished tasks, and of no other
-        self.task: int | None = None  # that answers
         self.pull: Tensor | None = None  # sum over the batch in training of its cosines with the task's key
 
     def own_parameters(self) -> Tensor:
@@ -71,11 +70,8 @@ class DualPrompt(Prompted):
         return self._prefixes(shared, expert)
 
     def _prefixes(self, shared: Tensor, expert: Tensor) -> Inserted:
-        found = {}
-        for layers, prompt in ((self.options.g_layers, shared), (self.options.e_layers, expert)):
-            for layer, (keys, values) in zip(layers, prompt, strict=True):
-                found[layer] = keys.unsqueeze(0), values.unsqueeze(0)
-        return Inserted(prefixes=found)
+        options = self.options
+        return Inserted(prefixes=prefixes(options.g_layers, shared) | prefixes(options.e_layers, expert))
 
     def loss_terms(self, batch: Batch, said: Any) -> Tensor | None:  # noqa: ARG002
         return None if self.pull is None else -self.options.beta * self.pull
@@ -84,14 +80,6 @@ class DualPrompt(Prompted):
         self.shared, expert, key = (part.detach().clone() for part in self.parts())
         self.experts.append(expert)
         self.keys.append(key)
-
-    @contextmanager
-    def answering(self, task: int) -> Iterator[None]:
-        self.task = task
-        try:
-            yield
-        finally:
-            self.task = None
 
     def route(self, features: Tensor) -> Tensor:
         return nearest(nearness(features, torch.stack(self.keys)), 1)[:, 0]
@@ -108,9 +96,3 @@ class DualPrompt(Prompted):
         self.shared = tensors["shared"].to(device)
         self.experts = [tensors[f"expert.{task}"].to(device) for task in range(tasks)]
         self.keys = [tensors[f"key.{task}"].to(device) for task in range(tasks)]
-
-
-def _require(options: DualPromptOptions, blocks: int, backbone: str) -> None:
-    for name, layers in (("g_layers", options.g_layers), ("e_layers", options.e_layers)):
-        if beyond := [layer for layer in layers if layer >= blocks]:
-            raise ConfigError(f"method.{name} has {beyond}, but {backbone} has {blocks} blocks: 0 to {blocks - 1}")

@@ -285,21 +285,40 @@ class Learner:
 
     def _sums(self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]) -> ClassSums:
         """Of the features of a task's training rows, each seen once whatever the number of workers."""
-        data, batch = self.tasks[task], self.config.evaluate.batch
-        sums = ClassSums(max(len(data.labels), 1), self.model.width, self.device)
-        own = rows[self.comm.rank :: self.comm.workers]
-        with torch.no_grad(), self.effort.timed("statistics"):
-            for at in range(0, len(own), batch):
-                part = own[at : at + batch]
-                taken = data.train.take(part)
-                count = len(next(iter(taken.values())))
-                labels = [data.labels.index(label) for label in taken["label"]] if data.labels else [0] * count
-                with naming(lambda place, part=part: data.train.where(part[place]), taken):  # type: ignore[misc]
-                    found = features(taken)
-                sums.add(found, torch.tensor(labels, device=self.device))
-                self.effort.pass_rows += count
+        sums = ClassSums(max(len(self.tasks[task].labels), 1), self.model.width, self.device)
+        with self.effort.timed("statistics"):
+            for found, labels in self._seen(task, rows, features):
+                sums.add(found, labels)
             self.comm.sum_(sums.flat)
         return sums
+
+    def _seen(
+        self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features [B, d] and numbers of labels [B] of this worker's share of a task's training rows."""
+        data, batch = self.tasks[task], self.config.evaluate.batch
+        own = rows[self.comm.rank :: self.comm.workers]
+        for at in range(0, len(own), batch):
+            part = own[at : at + batch]
+            taken = data.train.take(part)
+            count = len(next(iter(taken.values())))
+            labels = [data.labels.index(label) for label in taken["label"]] if data.labels else [0] * count
+            with torch.no_grad(), naming(lambda place, part=part: data.train.where(part[place]), taken):  # type: ignore[misc]
+                found = features(taken)
+            self.effort.pass_rows += count
+            yield found, torch.tensor(labels, device=self.device)
+
+    def class_features(self, task: int, features: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+        """Features [n, d] and numbers of labels [n] of all training rows of a task, in their order, on all workers."""
+        rows, comm = range(len(self.tasks[task].train)), self.comm
+        found = torch.zeros(len(rows), self.model.width, device=self.device)
+        labels = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        if seen := list(self._seen(task, rows, features)):
+            found[comm.rank :: comm.workers] = torch.cat([part for part, _ in seen])
+            labels[comm.rank :: comm.workers] = torch.cat([part for _, part in seen])
+        comm.sum_(found)
+        comm.sum_(labels)
+        return found, labels
 
     def class_sums(self, task: int) -> ClassSums:
         """Counts, sums and products of a task's features, class by class, through the adapter as it is."""

@@ -201,6 +201,53 @@ class DualPromptOptions(Options):
         return self
 
 
+class FitOptions(Options):
+    """What is kept of a class's features, and how heads are fit to what is drawn from it."""
+
+    summary: Literal["centroids", "covariance"] = "centroids"
+    """What is kept of the features of a class: centroids, mean and variance of groups of near rows; or covariance, one
+    mean and covariance."""
+    centroids: Positive = 10
+    """Groups of a class, by k-means."""
+    samples: Positive = 128
+    """Pseudo-features drawn of each class in each epoch of a head's fit; also the rows of one of its steps."""
+    fit_epochs: Annotated[int, Field(ge=0)] = 30
+    """Epochs of a head's fit; 0: the nearest class mean says the task, and the classifier stays as it was trained."""
+    fit_lr: Annotated[float, Field(gt=0)] = 0.005
+    """Learning rate of a head's fit: SGD, falling along a cosine."""
+
+
+class HideOptions(FitOptions):
+    """What methods of this name have in common, whatever they train with a task."""
+
+    contrast: Share = 0.001
+    """Weight of the contrast: a step's features are drawn away from each other and from stored means of classes; 0
+    turns it off."""
+    temperature: Annotated[float, Field(gt=0)] = 0.8
+    """Products of features are divided by it in the contrast."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """When a task is learnt, the share of the mean of earlier tasks in what answers for it; 0: its own alone."""
+    start: Literal["previous", "fresh"] = "previous"
+    """What a task begins with: that of the task before, or a new one."""
+
+
+class HideLoraOptions(HideOptions):
+    """An adapter for each task; one head infers the task, the other is fit over all classes, to pseudo-features."""
+
+
+class HidePromptOptions(HideOptions):
+    """Prompts for each task before keys and values of some blocks, in place of an adapter; else as hide-lora."""
+
+    layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 1, 2, 3, 4], min_length=1)
+    """Numbers of the blocks with prompts."""
+    length: Positive = 20
+    """Rows of a prompt in a block: so many before the keys, and as many before the values."""
+    spread: Annotated[float, Field(gt=0)] = 0.02
+    """Values of prompts are drawn uniformly between minus this and this."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """When a task is learnt, the share of the mean of earlier tasks in what answers for it; 0: its own alone."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -225,6 +272,9 @@ class TreeLoraOptions(Options):
     """Rows for comparing gradients at stored adapters (observe: query)."""
     query_every: Positive = 1
     """Steps between two such comparisons."""
+    decomposition: Literal["none", "hide"] = "none"
+    """hide: as hide-lora does, a head fit to pseudo-features infers the task, and all classes seen compete in a
+    classifier fit to them (classification only, without a budget)."""
     prior: str | None = None
     """File with the tree and the adapters of another run (`treelora tree export RUN FILE`), which this one begins with
     as if it had learnt that run's tasks before; needed until the first checkpoint."""
@@ -255,5 +305,7 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "ncm": NcmOptions,
     "l2p": L2pOptions,
     "dualprompt": DualPromptOptions,
+    "hide-lora": HideLoraOptions,
+    "hide-prompt": HidePromptOptions,
     "treelora": TreeLoraOptions,
 }

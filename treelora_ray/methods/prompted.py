@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from treelora_ray.config import Options
+from treelora_ray.config import ConfigError, Options
 from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Learner
@@ -25,6 +26,7 @@ class Prompted(Method):
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
+        self.task: int | None = None  # that answers
         self.prompting = learner.model.prompting = Prompting(learner.model, self.inserted)
 
     def inserted(self, inputs: Inputs) -> Inserted:
@@ -41,6 +43,26 @@ class Prompted(Method):
         """Uniform between -spread and spread, from the run's seed; of a key, 1 sets how far a step turns it."""
         generator = torch.Generator().manual_seed(memory.number(f"{self.learner.config.seed}/{what}"))
         return torch.empty(*shape).uniform_(-spread, spread, generator=generator).to(self.learner.device)
+
+    @contextmanager
+    def answering(self, task: int) -> Iterator[None]:
+        self.task = task
+        try:
+            yield
+        finally:
+            self.task = None
+
+    def require_blocks(self, key: str, layers: Sequence[int]) -> None:
+        blocks, model = len(self.prompting.blocks), self.learner.config.model
+        if beyond := [layer for layer in layers if layer >= blocks]:
+            raise ConfigError(f"method.{key} has {beyond}, but {model.backbone} has {blocks} blocks: 0 to {blocks - 1}")
+
+
+def prefixes(layers: Sequence[int], prompt: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """For all samples the same, of a prompt [layers, 2, rows, width]: keys, then values."""
+    return {
+        layer: (keys.unsqueeze(0), values.unsqueeze(0)) for layer, (keys, values) in zip(layers, prompt, strict=True)
+    }
 
 
 def nearness(query: Tensor, keys: Tensor) -> Tensor:

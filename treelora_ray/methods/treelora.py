@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treelora_ray.config import Options
+from treelora_ray.config import ConfigError, Options
 from treelora_ray.core.config import GuideConfig
 from treelora_ray.core.errors import SettingError
 from treelora_ray.core.layout import IntArray, Layout
@@ -29,9 +29,10 @@ from treelora_ray.data.rows import contents
 from treelora_ray.files import part
 from treelora_ray.methods import prior
 from treelora_ray.methods.base import Method, register
+from treelora_ray.methods.hide import PART, Decomposition, part_of
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.looks import Look, sha256
-from treelora_ray.methods.options import TreeLoraOptions
+from treelora_ray.methods.options import FitOptions, TreeLoraOptions
 
 NOTHING = -1
 
@@ -54,6 +55,11 @@ def guide_settings(options: Options, seed: int) -> GuideConfig:
         wrong.append(f"start is 'similar', but with observe {config.observe!r} nothing is known of a task at its start")
     if options.penalty == "prox" and options.mode != "treelora":
         wrong.append(f"penalty is 'prox', which mode {options.mode} does not have: use l1")
+    if options.decomposition == "hide" and config.budget is not None:
+        wrong.append(
+            f"decomposition is 'hide' and budget {config.budget}: adapters that merge change features of classes whose "
+            "rows are gone: leave one of them out"
+        )
     if wrong:
         raise SettingError("method treelora:\n  " + "\n  ".join(wrong))
     return config
@@ -81,6 +87,17 @@ class TreeLora(Method):
         self.merged: list[int] = []  # stored tasks that came to share an adapter with the last insertion
         self.pulls: dict[str, Any] | None = None  # what the last task was compared with; of worker 0
         self.prior: dict[str, Any] | None = None  # where the tasks come from that guide and bank began with
+        self.decomposition = self._decomposition()
+
+    def _decomposition(self) -> Decomposition | None:
+        if self.options.decomposition == "none":
+            return None
+        if self.learner.objective.kind != "classification":
+            raise ConfigError(
+                f"method.decomposition is {self.options.decomposition!r}, which fits a classifier, but the stream is "
+                f"for {self.learner.objective.kind}: leave it out"
+            )
+        return Decomposition(self, FitOptions(name=self.options.name))
 
     def _signature_layout(self) -> tuple[Tensor, Layout]:
         """Where in the adapter a signature's values lie, and its layout: B of all layers, or A of the first ones."""
@@ -353,13 +370,22 @@ class TreeLora(Method):
         kept = None if done.merge is None else done.merge.kept
         self.merged = [task for task, slot in self.bank.of_task.items() if slot == kept]
         self.running, self.pull = None, None
+        if self.decomposition is not None:
+            self.decomposition.learn(*learner.unit)
 
     def answer(self, task: int) -> Tensor:
         number = self.stored(task)
         return self.bank[number] if number in self.bank.of_task else self.learner.adapter
 
+    def route(self, features: Tensor) -> Tensor:
+        return super().route(features) if self.decomposition is None else self.decomposition.route(features)
+
+    def among(self, task: int) -> Sequence[int]:
+        return super().among(task) if self.decomposition is None else self.decomposition.among(task)
+
     def changed(self, unit: Sequence[int]) -> Sequence[int]:
-        return sorted({*unit, *self.own(self.merged)})
+        refit = [] if self.decomposition is None else self.decomposition.changed(unit)
+        return sorted({*unit, *self.own(self.merged), *refit})
 
     # -- what is kept
 
@@ -371,7 +397,7 @@ class TreeLora(Method):
             found["running"] = self.running.total
         if isinstance(self.pull, DirectionPull):
             found["start"] = self.pull.start
-        return found
+        return found if self.decomposition is None else found | part_of(self.decomposition)
 
     def to_json(self) -> dict[str, Any]:
         count = None if self.running is None else self.running.count
@@ -380,6 +406,8 @@ class TreeLora(Method):
     def load(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         self.guide.restore(Snapshot(part(tensors, "guide"), data["guide"]))
         self.prior, self.pulls = data.get("prior"), data.get("pulls")
+        if self.decomposition is not None:
+            self.decomposition.load(part(tensors, PART))
         self.arms = tensors["arms"].numpy() if "arms" in tensors else np.empty(0, np.int64)
         current = data["guide"]["current"]
         if current is None:

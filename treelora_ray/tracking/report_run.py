@@ -54,6 +54,7 @@ ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++")
 PROMPTS = {
     "l2p": "none: the pool of prompts of the task before",
     "dualprompt": "none: a new prompt, beside that of all tasks",
+    "hide-prompt": "none: prompts alone",
 }
 
 
@@ -237,6 +238,8 @@ def start_of(method: Mapping[str, Any]) -> str:
             "previous": "the task before",
             "fresh": "fresh",
         }[start]
+    if method["name"] == "hide-lora":
+        return {"previous": "the task before", "fresh": "fresh"}[method["start"]]
     known = {"independent": "fresh", "joint": "fresh", "ncm": "fresh"} | dict.fromkeys(ONE_ADAPTER, "the task before")
     if method["name"] in PROMPTS:
         return PROMPTS[method["name"]]

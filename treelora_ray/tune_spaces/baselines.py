@@ -86,6 +86,16 @@ def o_lora() -> dict[str, Any]:
     return {**_common("o-lora"), "method.lambda": tune.loguniform(0.05, 5.0)}
 
 
+def hide_lora() -> dict[str, Any]:
+    """An adapter a task, a head that infers tasks, and a classifier fit over all classes."""
+    return {
+        **_common("hide-lora"),
+        "method.momentum": tune.choice([0.0, 0.01, 0.1]),
+        "method.contrast": tune.choice([0.0, 0.001, 0.01]),
+        "method.fit_lr": tune.loguniform(1e-3, 5e-2),
+    }
+
+
 def ncm() -> dict[str, Any]:
     """Nearest class means of frozen features, where nothing is trained."""
     return {"method": {"name": "ncm"}, "method.score": tune.grid_search(["cosine", "euclid", "mahalanobis"])}
@@ -107,6 +117,17 @@ def dualprompt() -> dict[str, Any]:
         **_prompts("dualprompt"),
         "method.e_length": tune.choice([5, 10, 20]),
         "method.beta": tune.loguniform(0.05, 1.0),
+    }
+
+
+def hide_prompt() -> dict[str, Any]:
+    """Prompts for each task, a head that infers tasks, and a classifier fit over all classes."""
+    return {
+        **_prompts("hide-prompt"),
+        "method.length": tune.choice([5, 10, 20]),
+        "method.momentum": tune.choice([0.0, 0.01, 0.1]),
+        "method.contrast": tune.choice([0.0, 0.001, 0.01]),
+        "method.fit_lr": tune.loguniform(1e-3, 5e-2),
     }
 
 

@@ -66,6 +66,26 @@ VARIANTS: dict[str, Options] = {
     "sapt-kl": {"name": "sapt", "hidden": 8, "replay": "kl", "memory": 5, "replay_batch": 3},
     "osf": {"name": "osf"},
     "osf-adaptive": {"name": "osf", "schedule": "adaptive", "sample": 6},
+    "l2p": {"name": "l2p", "pool": 4, "length": 3, "top_k": 2},
+    "dualprompt": {"name": "dualprompt", "g_layers": [0], "g_length": 2, "e_layers": [1], "e_length": 3, "spread": 0.1},
+    "dualprompt-drawn": {
+        "name": "dualprompt",
+        "g_layers": [],
+        "e_layers": [0],
+        "e_length": 2,
+        "key_start": "drawn",
+        "spread": 0.5,
+    },
+    "hide-prompt": {
+        "name": "hide-prompt",
+        "layers": [0, 1],
+        "length": 2,
+        "centroids": 2,
+        "samples": 8,
+        "fit_epochs": 3,
+        "contrast": 0.1,
+        "momentum": 0.1,
+    },
     "treelora": {"name": "treelora", "guide": {"gate": 0.0}},
     "treelora-hide": {"name": "treelora", "decomposition": "hide", "guide": {"gate": 0.0}},
     "treelora-prox": {"name": "treelora", "penalty": "prox", "guide": {"gate": 0.0}},
@@ -81,7 +101,7 @@ VARIANTS: dict[str, Options] = {
 REWRITES = {"seqlora-merge", "o-lora", "inflora", "osf", "osf-adaptive"}
 TRAINED = {"ncm": 0, "ncm-first": 1, "fix": 0}  # tasks that are trained on; of the others all
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
-TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm", "hide-lora"}
+TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm", "hide-lora", "hide-prompt"}
 CLASSIFY = [name for name in VARIANTS if "classification" in METHODS[VARIANTS[name]["name"]].objectives]
 ALL = pytest.mark.parametrize("variant", CLASSIFY)  # test_fix.py says the same of fix, which is for prompts alone
 # A method's coefficients at 0, and the plain training that is then the same to the bit.

@@ -367,6 +367,30 @@ def test_the_exported_adapter_is_the_run_s_own(kind: str, runs: dict[str, Run], 
     assert (card["task"], card["merged"], card["digest"]) == (task, False, done.config.digest)
 
 
+PROMPTED: list[dict[str, Any]] = [
+    {"name": "l2p"},
+    {"name": "dualprompt", "g_layers": [0], "e_layers": [1, 2]},
+    {"name": "hide-prompt", "layers": [0, 1], "samples": 8, "fit_epochs": 2},
+]
+
+
+@pytest.mark.parametrize("method", PROMPTED, ids=lambda method: method["name"])
+def test_prompts_are_no_adapter_but_a_model(method: dict[str, Any], tmp_path: Path) -> None:
+    stream = {"tasks": 2, "rows": 64, "test_rows": 40}
+    done = run({"folder": str(tmp_path), "method": method, "stream": stream, "train": {"steps": 2, "threads": 1}})
+    assert done.adapters == {}
+    assert not (done.folder / "adapters").exists()
+    with pytest.raises(RunError, match=r"has no adapter of .*: prompts within the model answer, .*`treelora model`"):
+        export.export_task(done, done.tasks[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    model.save_model(Run(done.folder), tmp_path / "model")
+    frame = pd.DataFrame({"image": ROWS["digits"]})
+    expected = done.predict({"image": ROWS["digits"]})
+    found = model._load_pyfunc(str(tmp_path / "model" / "data" / "run")).predict(frame)
+    assert found["label"].tolist() == expected.text
+    assert len(set(expected.text)) > 1
+
+
 def test_a_merged_language_model_is_base_and_adapter_in_one(runs: dict[str, Run], tmp_path: Path) -> None:
     done, out = runs["prompts"], tmp_path / "out"
     assert call("export", str(done.folder), "--task", "sums", "--merge", "--output", str(out)) == 0

@@ -211,6 +211,7 @@ def test_one_sentence_says_what_the_numbers_say() -> None:
         ({"name": "slao"}, "the task before, with the rows of its A made orthonormal"),
         ({"name": "independent"}, "fresh"),
         ({"name": "sd-lora"}, "fresh, beside the directions of the tasks before"),
+        ({"name": "l2p"}, "none: the pool of prompts of the task before"),
         ({"name": "hide-lora", "start": "previous"}, "the task before"),
         ({"name": "of somebody else"}, "not recorded"),
     ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from treelora_ray.config import Options
 
@@ -257,6 +257,55 @@ class FixOptions(Options):
     """Stands after each example."""
 
 
+class L2pOptions(Options):
+    """A pool of prompts, of which each sample takes those whose keys are nearest; the backbone is frozen."""
+
+    pool: Positive = 30
+    """Prompts in the pool, each with a key."""
+    length: Positive = 5
+    """Tokens of a prompt."""
+    top_k: Positive = 5
+    """Prompts that a sample takes."""
+    beta: Share = 0.1
+    """Strength with which keys are drawn to the features of the samples that take them; 0 leaves keys as drawn."""
+    spread: Annotated[float, Field(gt=0)] = 0.02
+    """Values of prompts are drawn uniformly between minus this and this."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> L2pOptions:
+        if self.top_k > self.pool:
+            raise ValueError(f"top_k is {self.top_k}, but pool has {self.pool} prompts: raise pool, or lower top_k")
+        return self
+
+
+class DualPromptOptions(Options):
+    """A prompt for all tasks and one for each, before keys and values of some blocks; the backbone is frozen."""
+
+    g_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 1])
+    """Numbers of the blocks with the prompt of all tasks; none where the list is empty."""
+    g_length: Positive = 5
+    """Rows of that prompt in a block: so many before the keys, and as many before the values."""
+    e_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
+    """Numbers of the blocks with the prompt of a task."""
+    e_length: Positive = 20
+    """Rows of that prompt in a block: so many before the keys, and as many before the values."""
+    beta: Share = 0.1
+    """Strength with which a task's key is drawn to the features of its samples; 0 leaves keys as they start."""
+    key_start: Literal["mean", "drawn"] = "mean"
+    """A task's key before it is trained: the mean of the class means of its frozen features, or drawn."""
+    spread: Annotated[float, Field(gt=0)] = 0.02
+    """Values of prompts are drawn uniformly between minus this and this."""
+
+    @model_validator(mode="after")
+    def _once(self) -> DualPromptOptions:
+        both = [*self.g_layers, *self.e_layers]
+        if len(set(both)) < len(both):
+            raise ValueError(
+                f"g_layers {self.g_layers} and e_layers {self.e_layers} name a block twice: a block has one prompt"
+            )
+        return self
+
+
 class FitOptions(Options):
     """What is kept of a class's features, and how heads are fit to what is drawn from it."""
 
@@ -331,6 +380,19 @@ class OsfOptions(Options):
     the gradient. Without it only gradients are projected."""
 
 
+class HidePromptOptions(HideOptions):
+    """Prompts for each task before keys and values of some blocks, in place of an adapter; else as hide-lora."""
+
+    layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 1, 2, 3, 4], min_length=1)
+    """Numbers of the blocks with prompts."""
+    length: Positive = 20
+    """Rows of a prompt in a block: so many before the keys, and as many before the values."""
+    spread: Annotated[float, Field(gt=0)] = 0.02
+    """Values of prompts are drawn uniformly between minus this and this."""
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """When a task is learnt, the share of the mean of earlier tasks in what answers for it; 0: its own alone."""
+
+
 class TreeLoraOptions(Options):
     """An adapter for each task, started from and pulled towards those of related tasks."""
 
@@ -394,6 +456,9 @@ METHOD_OPTIONS: dict[str, type[Options]] = {
     "hide-lora": HideLoraOptions,
     "sapt": SaptOptions,
     "osf": OsfOptions,
+    "l2p": L2pOptions,
+    "dualprompt": DualPromptOptions,
+    "hide-prompt": HidePromptOptions,
     "treelora": TreeLoraOptions,
 }
 BUILT_IN = tuple(METHOD_OPTIONS)  # the others come from outside, and are added when they are asked for

@@ -23,6 +23,7 @@ from treelora_ray.models import adapters
 from treelora_ray.models.errors import ModelError
 from treelora_ray.models.kept import Backbones
 from treelora_ray.models.loading import folder_of, from_pretrained
+from treelora_ray.models.prompting import Prompting
 
 Inputs = dict[str, Tensor]
 
@@ -48,6 +49,7 @@ class Model:
         if config.gradient_checkpointing:
             self._checkpoint_gradients()
         self._off = 0
+        self.prompting: Prompting | None = None  # what a method puts into the encoder
 
     def probe(self) -> Inputs:
         """The smallest input the model takes."""
@@ -57,6 +59,7 @@ class Model:
         raise NotImplementedError
 
     def features(self, inputs: Inputs) -> Tensor:
+        """[B, d]; where a prompt's tokens stand before those of the inputs, the mean of what becomes of them."""
         raise NotImplementedError
 
     def embedded(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -74,6 +77,13 @@ class Model:
     def _tell(self, inputs: Inputs) -> None:
         if self.asked is not None:
             self.asked(inputs)
+
+    def encoded(self, inputs: Inputs) -> tuple[Tensor, int]:
+        """[B, n + T, d] what the last block says, and how many tokens n of a prompt stand first."""
+        self._tell(inputs)
+        tokens = 0 if self.prompting is None else self.prompting.begin(inputs)
+        hidden: Tensor = self.net(**inputs).last_hidden_state
+        return hidden, tokens
 
     def _checkpoint_gradients(self) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -203,8 +213,9 @@ class ImageModel(Model):
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the first token, or the mean of all."""
-        self._tell(inputs)
-        hidden: Tensor = self.net(**inputs).last_hidden_state
+        hidden, tokens = self.encoded(inputs)
+        if tokens:
+            return hidden[:, :tokens].float().mean(1)
         return (hidden[:, 0] if self.pooling == "cls" else hidden.mean(1)).float()
 
 
@@ -238,8 +249,9 @@ class TextModel(Model):
 
     def features(self, inputs: Inputs) -> Tensor:
         """[B, d] the mean over the tokens of the text, or the first."""
-        self._tell(inputs)
-        hidden: Tensor = self.net(**inputs).last_hidden_state
+        hidden, tokens = self.encoded(inputs)
+        if tokens:
+            return hidden[:, :tokens].float().mean(1)
         return hidden[:, 0].float() if self.pooling == "cls" else _mean(hidden, inputs["attention_mask"])
 
 

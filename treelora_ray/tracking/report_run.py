@@ -54,6 +54,11 @@ REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
 FRESH = ("independent", "joint", "ncm", "sapt")
 # Methods whose adapter goes on from task to task.
 ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++", "tasl")
+PROMPTS = {
+    "l2p": "none: the pool of prompts of the task before",
+    "dualprompt": "none: a new prompt, beside that of all tasks",
+    "hide-prompt": "none: prompts alone",
+}
 
 
 def one_run(run: Run) -> str:
@@ -238,7 +243,7 @@ def start_of(method: Mapping[str, Any]) -> str:
         }[start]
     if method["name"] == "hide-lora":
         return {"previous": "the task before", "fresh": "fresh"}[method["start"]]
-    known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before")
+    known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before") | PROMPTS
     known |= {
         "slao": "the task before, with the rows of its A made orthonormal",
         "osf": "none: the weights go on, with the largest singular directions frozen",

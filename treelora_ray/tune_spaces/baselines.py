@@ -159,6 +159,44 @@ def osf() -> dict[str, Any]:
     }
 
 
+def l2p() -> dict[str, Any]:
+    """A pool of prompts, in place of adapters."""
+    return {
+        **_prompts("l2p"),
+        "method.pool": tune.choice([10, 20, 30]),
+        "method.length": tune.choice([5, 10]),
+        "method.beta": tune.loguniform(0.05, 1.0),
+    }
+
+
+def dualprompt() -> dict[str, Any]:
+    """A prompt for all tasks and one for each, in place of adapters."""
+    return {
+        **_prompts("dualprompt"),
+        "method.e_length": tune.choice([5, 10, 20]),
+        "method.beta": tune.loguniform(0.05, 1.0),
+    }
+
+
+def hide_prompt() -> dict[str, Any]:
+    """Prompts for each task, a head that infers tasks, and a classifier fit over all classes."""
+    return {
+        **_prompts("hide-prompt"),
+        "method.length": tune.choice([5, 10, 20]),
+        "method.momentum": tune.choice([0.0, 0.01, 0.1]),
+        "method.contrast": tune.choice([0.0, 0.001, 0.01]),
+        "method.fit_lr": tune.loguniform(1e-3, 5e-2),
+    }
+
+
+def _prompts(method: str) -> dict[str, Any]:
+    return {
+        "method": {"name": method},
+        "method.spread": tune.loguniform(0.01, 1.0),
+        "train.lr": tune.loguniform(1e-3, 5e-2),
+    }
+
+
 def _common(method: str) -> dict[str, Any]:
     return {
         "method": {"name": method},

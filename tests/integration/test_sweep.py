@@ -217,6 +217,9 @@ def _require_one_parent(runs: Path) -> None:
     parents = [each for each in found if "treelora.group" in each.data.tags]
     children = [each for each in found if "mlflow.parentRunId" in each.data.tags]
     assert len(parents) == 1
+    assert parents[0].info.status == "FINISHED"
+    files = {item.path for item in client.list_artifacts(parents[0].info.run_id)}
+    assert files >= {"report.html", "best.yaml", "sweep.json"}
     assert {each.data.tags["mlflow.parentRunId"] for each in children} == {parents[0].info.run_id}
     assert sorted(each.info.run_name for each in children) == ["0000", "0001", "0002", "0003", "winner"]
     assert {each.info.status for each in children} == {"FINISHED"}

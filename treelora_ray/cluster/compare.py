@@ -12,14 +12,12 @@ from contextlib import suppress
 from treelora_ray.cluster.compare_cell import Outcome, learn_cell
 from treelora_ray.cluster.compare_plan import Cell, CompareOptions, Comparison, comparison_name, with_looks
 from treelora_ray.cluster.errors import ClusterError
-from treelora_ray.cluster.inner_runs import deliver, deliver_rest, tells_mlflow
-from treelora_ray.config import RunConfig, StreamConfig, with_values
-from treelora_ray.data.stream import open_stream
+from treelora_ray.cluster.inner_runs import conclude, deliver, kind_of_stream
+from treelora_ray.config import RunConfig, with_values
 from treelora_ray.data.task import Kind
 from treelora_ray.files import locked
 from treelora_ray.methods.shared import Shared
 from treelora_ray.store import joined, local_path, open_folder
-from treelora_ray.tracking.parent import tell_parent
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
@@ -60,13 +58,6 @@ def compare(
                 _report(found, listener)
                 _tell(found, listener, stop())
             return found
-
-
-def kind_of_stream(config: StreamConfig, seed: int) -> Kind:
-    """By the first row of its first task."""
-    first = config.tasks[:1] if isinstance(config.tasks, list) else 1
-    least = {"tasks": first, "rows": 1, "test_rows": 1, "holdout": None, "watch": None, "score": "accuracy"}
-    return open_stream(config.model_copy(update=least), seed).kind
 
 
 def _learn(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[], bool], local: bool) -> None:
@@ -136,10 +127,6 @@ def _report(found: Comparison, listener: Listener) -> None:
 
 def _tell(found: Comparison, listener: Listener, stopped: bool) -> None:
     """MLflow, of the whole."""
-    if not tells_mlflow(found.base) or found.folder.stored:
-        return
-    deliver_rest(found.folder.path, found.base, found.cells, listener.note)
     failed = any(cell.state == "failed" for cell in found.cells)
     status = "KILLED" if stopped or found.left else "FAILED" if failed else "FINISHED"
-    cells = [found.folder.path / cell.run for cell in found.cells]
-    tell_parent(found.folder.path, status, cells, found.base.tracking.wait, listener.note)
+    conclude(found.folder, found.base, found.cells, status, listener.note)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from treelora_ray.api import run
-from treelora_ray.config import RunConfig, flat, with_values
+from treelora_ray.config import RunConfig, StreamConfig, flat, with_values
+from treelora_ray.data.stream import open_stream
+from treelora_ray.data.task import Kind
 from treelora_ray.methods.shared import Shared
-from treelora_ray.store import local_path
+from treelora_ray.store import RunFolder, local_path
 from treelora_ray.tracking.journal import FILE as JOURNAL
 from treelora_ray.tracking.journal import read
+from treelora_ray.tracking.parent import tell_parent
 from treelora_ray.tracking.sender import Delivery, sync
 from treelora_ray.tracking.store import explained, local_address
 from treelora_ray.tracking.tracked import VARIABLE
@@ -59,6 +62,13 @@ def placed(base: RunConfig, values: Mapping[str, Any], name: str, folder: str, g
     return with_values(base, {**values, **place}, source)
 
 
+def kind_of_stream(config: StreamConfig, seed: int) -> Kind:
+    """By the first row of its first task."""
+    first = config.tasks[:1] if isinstance(config.tasks, list) else 1
+    least = {"tasks": first, "rows": 1, "test_rows": 1, "holdout": None, "watch": None, "score": "accuracy"}
+    return open_stream(config.model_copy(update=least), seed).kind
+
+
 def learn(config: RunConfig, listener: Listener, stop: Callable[[], bool], shared: Shared | None) -> None:
     """As `treelora train` does, once a process that has lost its driver has let go of the run."""
     deadline = time.monotonic() + OLD_PROCESS
@@ -96,15 +106,17 @@ def deliver(whole: Path, base: RunConfig, runs: Iterable[Inner], say: Callable[[
         _sync(each, folder, say)
 
 
-def deliver_rest(whole: Path, base: RunConfig, runs: Iterable[Inner], say: Callable[[str], None]) -> None:
-    """Runs that failed or were stopped leave MLflow little time: what they had still to tell is told now."""
-    if not tells_mlflow(base):
+def conclude(whole: RunFolder, base: RunConfig, runs: Sequence[Inner], status: str, say: Callable[[str], None]) -> None:
+    """MLflow hears what is left to tell of each run, for which those that failed or were stopped leave it little time,
+    and what came of the whole."""
+    if not tells_mlflow(base) or whole.stored:
         return
     for each in runs:
-        folder = whole / each.run
+        folder = whole.path / each.run
         entries = read(folder / JOURNAL)
         if entries and entries[-1]["kind"] == "ends" and Delivery(folder).waiting:
             _sync(each, folder, say)
+    tell_parent(whole.path, status, [whole.path / each.run for each in runs], base.tracking.wait, say)
 
 
 def _sync(each: Inner, folder: Path, say: Callable[[str], None]) -> None:

@@ -23,15 +23,14 @@ from ray._private import auto_init_hook
 
 from treelora_ray.api import Run
 from treelora_ray.cluster.errors import ClusterError, ClusterLostError
-from treelora_ray.cluster.inner_runs import deliver
+from treelora_ray.cluster.inner_runs import conclude, deliver, kind_of_stream
 from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.cluster.spaces import load_space
-from treelora_ray.cluster.sweep_plan import Sweep, SweepOptions, Trial, sweep_name
+from treelora_ray.cluster.sweep_plan import WINNER, Sweep, SweepOptions, Trial, sweep_name
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
 from treelora_ray.cluster.sweep_trial import Trial as Actor
 from treelora_ray.config import RunConfig, with_values
-from treelora_ray.data.stream import open_stream
 from treelora_ray.files import locked
 from treelora_ray.models.kept import Backbones
 from treelora_ray.store import RunFolder, joined, local_path, open_folder
@@ -75,10 +74,13 @@ def sweep(
         with locked(folder.lock, busy):
             found = Sweep(base, space, options, folder)
             found.save()
+            told = found.tested
             try:
                 _drive(found, listener, stop)
             finally:
                 _report(found, listener)
+                if not told:
+                    _tell(found, listener, stop())
             return found
 
 
@@ -119,6 +121,13 @@ def _report(sweep: Sweep, listener: Listener) -> None:
         sweep.folder.push()
     except Exception as error:  # what the sweep has found, and what has ended it, weigh more
         listener.note(f"the report could not be written ({error}): treelora report {sweep.folder} tries again")
+
+
+def _tell(sweep: Sweep, listener: Listener, stopped: bool) -> None:
+    """MLflow, of the whole."""
+    status = "FINISHED" if sweep.tested else "KILLED" if stopped else "FAILED"
+    winner = Trial(WINNER, {}, sweep.base.seed, WINNER)
+    conclude(sweep.folder, sweep.base, [*sweep.trials, *sweep.again, winner], status, listener.note)
 
 
 def _clear(folder: RunFolder) -> None:
@@ -196,7 +205,7 @@ def _tuner(sweep: Sweep, conductor: Conductor, judge: Judge) -> tune.Tuner:
 def _shared(sweep: Sweep) -> dict[str, Any]:
     """What the trials need not make again, each in its own process."""
     config = with_values(sweep.base, {**sweep.space.fixed, "stream.holdout": sweep.holdout}, "the sweep")
-    kind = open_stream(config.stream, config.seed).kind
+    kind = kind_of_stream(config.stream, config.seed)
     looks = None if sweep.folder.stored else str(sweep.folder.path / LOOKS)
     return {"packed": Backbones().pack(config.model, kind), "looks": looks}
 

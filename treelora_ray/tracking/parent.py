@@ -1,8 +1,9 @@
-"""The MLflow run above the runs of a comparison: what came of all of them together, told by a process of its own.
+"""The MLflow run above the runs of a comparison or a sweep: what came of all of them together, told by a process of
+its own.
 
-    python -m treelora_ray.tracking.parent WHOLE STATUS CELL
+    python -m treelora_ray.tracking.parent WHOLE STATUS RUN
 
-It is made when the first cell is delivered, and found by any cell that has been.
+It is made when the first of its runs is delivered, and found by any that has been.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 
 from treelora_ray.tracking.sender import CURSOR, ENVIRONMENT
 
-FILES = ("table.md", "table.csv", "table.tex", "report.html", "comparison.json")
+FILES = ("table.md", "table.csv", "table.tex", "report.html", "comparison.json", "sweep.json", "best.yaml")
 FIGURES = "figures"
 
 
-def tell_parent(whole: Path, status: str, cells: Sequence[Path], seconds: float, say: Callable[[str], None]) -> None:
-    """Files and status of the whole, as long as MLflow may take; `cells`: folders of runs, delivered or not."""
-    delivered = [str(cell) for cell in cells if (cell / CURSOR).is_file()]
+def tell_parent(whole: Path, status: str, runs: Sequence[Path], seconds: float, say: Callable[[str], None]) -> None:
+    """Files and status of the whole, as long as MLflow may take; `runs`: their folders, delivered or not."""
+    delivered = [str(run) for run in runs if (run / CURSOR).is_file()]
     if not delivered:
         return
     path = os.pathsep.join(dict.fromkeys(sys.path))
@@ -45,14 +46,14 @@ def tell_parent(whole: Path, status: str, cells: Sequence[Path], seconds: float,
         say(f"MLflow does not hear of the whole ({trouble}): the same command again tells it")
 
 
-def main(whole: Path, status: str, cell: Path) -> int:
+def main(whole: Path, status: str, run: Path) -> int:
     from treelora_ray.tracking.mlflow_sink import close_parent
     from treelora_ray.tracking.store import explained
 
-    run_id = json.loads((cell / CURSOR).read_text())["run_id"]
+    run_id = json.loads((run / CURSOR).read_text())["run_id"]
     files = [path for name in FILES if (path := whole / name).is_file()]
     try:
-        close_parent(cell, run_id, files, whole / FIGURES, status)
+        close_parent(run, run_id, files, whole / FIGURES, status)
     except Exception as error:  # of MLflow or of the network
         print(explained(error))
         return 1

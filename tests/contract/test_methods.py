@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,17 @@ TRAINED = {"ncm": 0, "ncm-first": 1, "fix": 0}  # tasks that are trained on; of 
 # Methods whose memory, or whose teacher, trains the rows of past tasks in the head.
 TRAINS_OLD_ROWS = {"replay", "lwf", "agem", "gem", "der++", "ncm", "hide-lora", "hide-prompt"}
 CLASSIFY = [name for name in VARIANTS if "classification" in METHODS[VARIANTS[name]["name"]].objectives]
-ALL = pytest.mark.parametrize("variant", CLASSIFY)  # test_fix.py says the same of fix, which is for prompts alone
+FIRST = {options["name"]: variant for variant, options in reversed(VARIANTS.items())}.values()  # one of each method
+
+
+def cases(variants: Iterable[str]) -> list[Any]:
+    """Further variants of a method are slow."""
+    return [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in variants]
+
+
+# test_fix.py says the same of fix, which is for prompts alone
+ALL = pytest.mark.parametrize("variant", CLASSIFY)
+EACH = pytest.mark.parametrize("variant", cases(CLASSIFY))
 # A method's coefficients at 0, and the plain training that is then the same to the bit.
 WITHOUT = {
     "replay, no rows": ({"name": "replay", "replay_batch": 0}, {"name": "seqlora"}),
@@ -180,6 +190,19 @@ def learnt(*arguments: Any, **keywords: Any) -> Recorder:
     return found
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, backbone: Path) -> Callable[[str], Recorder]:
+    """The run of a variant, learnt once for all tests that only look at it."""
+    known: dict[str, Recorder] = {}
+
+    def whole(variant: str) -> Recorder:
+        if variant not in known:
+            known[variant] = learnt(tmp_path_factory.mktemp("whole"), backbone, VARIANTS[variant])
+        return known[variant]
+
+    return whole
+
+
 def test_every_registered_method_is_in_this_suite() -> None:
     assert {options["name"] for options in VARIANTS.values()} == set(METHODS)
 
@@ -206,7 +229,7 @@ def test_coefficients_above_zero_do_change_the_training(tmp_path: Path, backbone
             assert theta.shape != other.shape or not torch.equal(theta, other), name
 
 
-@ALL
+@EACH
 def test_u2_the_backbone_is_never_changed(variant: str, tmp_path: Path, backbone: Path) -> None:
     made = recorder(tmp_path, backbone, VARIANTS[variant])
     before = backbone_digest(made.learner.model)
@@ -216,7 +239,7 @@ def test_u2_the_backbone_is_never_changed(variant: str, tmp_path: Path, backbone
     assert (backbone_digest(made.learner.model) == before) == (variant not in REWRITES)
 
 
-@ALL
+@EACH
 def test_u3_what_is_kept_of_earlier_tasks_is_frozen(variant: str, tmp_path: Path, backbone: Path) -> None:
     made = recorder(tmp_path, backbone, VARIANTS[variant])
     if len(made.units) == 1 or variant == "treelora-budget":
@@ -315,12 +338,15 @@ def stops() -> Iterator[Any]:
         if tasks:
             first, last = (7, 17) if tasks > 1 else (1, 6)
             yield pytest.param(variant, int(draw.integers(first, last)), id=f"{variant}-any")
-            yield pytest.param(variant, 12 if tasks > 1 else 6, id=f"{variant}-boundary")
+            marks = () if variant in FIRST else pytest.mark.slow
+            yield pytest.param(variant, 12 if tasks > 1 else 6, id=f"{variant}-boundary", marks=marks)
 
 
 @pytest.mark.parametrize(("variant", "at"), list(stops()))
-def test_u5_a_resumed_run_is_the_uninterrupted_one(variant: str, at: int, tmp_path: Path, backbone: Path) -> None:
-    whole = learnt(tmp_path / "whole", backbone, VARIANTS[variant])
+def test_u5_a_resumed_run_is_the_uninterrupted_one(
+    variant: str, at: int, tmp_path: Path, backbone: Path, undisturbed: Callable[[str], Recorder]
+) -> None:
+    whole = undisturbed(variant)
     stopped = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
     stopped.stop_after = at
     with pytest.raises(Stopped):
@@ -342,7 +368,7 @@ SPEAKS = [
 LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}}
 
 
-@pytest.mark.parametrize("variant", SPEAKS)
+@pytest.mark.parametrize("variant", cases(SPEAKS))
 def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
     variant: str, tmp_path: Path, llama: Path
 ) -> None:
@@ -370,13 +396,18 @@ class CrashError(Exception):
     pass
 
 
-@ALL
+@EACH
 @pytest.mark.parametrize("where", ["before_task", "after_task", "save"])
 def test_u5_a_crash_between_checkpoints_changes_nothing(
-    variant: str, where: str, tmp_path: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    where: str,
+    tmp_path: Path,
+    backbone: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[[str], Recorder],
 ) -> None:
     """In the probe phase, while a task is being stored, and before its checkpoint is written."""
-    whole = learnt(tmp_path / "whole", backbone, VARIANTS[variant])
+    whole = undisturbed(variant)
     made = recorder(tmp_path / "parts", backbone, VARIANTS[variant])
     crash_in = min(1, len(made.units) - 1)
 
@@ -406,7 +437,7 @@ def test_u5_a_crash_between_checkpoints_changes_nothing(
     assert_same(whole, resumed)
 
 
-@ALL
+@EACH
 def test_u6_answers_do_not_depend_on_the_batch(variant: str, tmp_path: Path, backbone: Path) -> None:
     made = learnt(tmp_path, backbone, VARIANTS[variant])
     rows = toys.images(1, 40, 7)
@@ -452,12 +483,12 @@ def test_u7_one_task_is_ordinary_fine_tuning(tmp_path: Path, backbone: Path) -> 
     torch.testing.assert_close(ours.learner.head.weight, head.weight.data, rtol=1e-4, atol=1e-5)
 
 
-@ALL
+@EACH
 def test_u8_overall_performance_is_learning_accuracy_less_what_was_forgotten(
-    variant: str, tmp_path: Path, backbone: Path
+    variant: str, undisturbed: Callable[[str], Recorder]
 ) -> None:
-    made = learnt(tmp_path, backbone, VARIANTS[variant])
-    found = json.loads((tmp_path / "result.json").read_text())
+    made = undisturbed(variant)
+    found = json.loads((made.folder / "result.json").read_text())
     if variant == "joint":
         assert found["metrics"] == {"op": pytest.approx(np.mean(np.array(made.scores[-1], dtype=float)))}
         return
@@ -511,7 +542,12 @@ def test_a_mistyped_hook_is_refused() -> None:
             def before_tsk(self) -> None: ...
 
 
-@ALL
+LOOKED_AT = ("seqlora", "treelora", "sapt", "l2p")  # whose models answer in ways of their own; all others are slow
+
+
+@pytest.mark.parametrize(
+    "variant", [name if name in LOOKED_AT else pytest.param(name, marks=pytest.mark.slow) for name in CLASSIFY]
+)
 def test_looking_at_the_accuracy_on_the_way_changes_nothing(variant: str, tmp_path: Path, backbone: Path) -> None:
     """Neither weights nor scores, and a run that goes on has looked as often as one that was never stopped."""
     sections = {"stream": {"watch": 6}, "evaluate": {"every": 2}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -184,6 +185,28 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     ).save_pretrained(folder)
     net = Backbones().get(ModelConfig(backbone=str(folder), device="cpu"), "prompt", CPU).net()
     assert net.lm_head.weight is net.model.embed_tokens.weight
+
+
+def test_models_may_be_loaded_in_several_threads(tmp_path: Path) -> None:
+    """transformers switches tying off in its classes while it loads: what one thread puts back another had changed."""
+    from transformers import PreTrainedModel
+
+    before, config = PreTrainedModel.tie_weights, ModelConfig(backbone=str(tiny.vit(tmp_path / "vit")), device="cpu")
+    barrier = threading.Barrier(4)
+
+    def load() -> None:
+        barrier.wait(60)
+        for _ in range(3):
+            loading.from_pretrained(config.backbone, config, "image")
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    left = PreTrainedModel.tie_weights
+    PreTrainedModel.tie_weights = before  # type: ignore[method-assign]
+    assert left is before
 
 
 def test_a_stream_is_opened_once_for_equal_settings(tmp_path: Path) -> None:

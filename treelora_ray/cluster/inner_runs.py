@@ -63,9 +63,11 @@ def placed(base: RunConfig, values: Mapping[str, Any], name: str, folder: str, g
 
 
 def kind_of_stream(config: StreamConfig, seed: int) -> Kind:
-    """By the first row of its first task."""
+    """By its first task. Where rows are held out, that is not to be seen by its test rows, which must stay unopened."""
     first = config.tasks[:1] if isinstance(config.tasks, list) else 1
-    least = {"tasks": first, "rows": 1, "test_rows": 1, "holdout": None, "watch": None, "score": "accuracy"}
+    least: dict[str, Any] = {"tasks": first, "watch": None, "score": "accuracy"}
+    if config.holdout is None:
+        least |= {"rows": 1, "test_rows": 1}
     return open_stream(config.model_copy(update=least), seed).kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,6 +91,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+# transformers changes its classes while it loads; of two threads at once one leaves them changed for good, after which
+# no model ties its weights.
+LOADING = threading.RLock()
+
+
 def from_pretrained(where: str, config: ModelConfig, kind: str) -> tuple[Any, Any]:
     """The model in evaluation mode, and its image processor or tokenizer."""
     import transformers
@@ -103,7 +109,7 @@ def from_pretrained(where: str, config: ModelConfig, kind: str) -> tuple[Any, An
     # Some vision models bring a pooler that is never used and often not stored.
     pooler = {"add_pooling_layer": False} if kind == "image" and _has_pooler(where, options) else {}
     # What a folder does not hold is drawn: always the same, and without a trace in the global state.
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with LOADING, quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             net = loader.from_pretrained(

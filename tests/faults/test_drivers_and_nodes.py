@@ -64,10 +64,12 @@ import ray
 from ray.cluster_utils import Cluster
 from treelora_ray import run
 from treelora_ray.cluster.run import ELASTIC, ENVIRONMENT
+from treelora_ray.tracking.ui import free_port
 from treelora_ray.training.stream import Listener
 
 made, replaced = json.load(open(sys.argv[1])), sys.argv[2] == "replaced"
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, namespace="treelora", log_to_driver=False)
 seen = threading.Event()

@@ -65,7 +65,7 @@ def _learn(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[],
     if not found.left:
         return
     over = len(found.cells) - len(found.left)
-    if found.seconds:
+    if found.resumed:
         listener.note(f"going on with {found.folder}: {over} of {len(found.cells)} cells have ended")
     if local:
         _here(found, listener, stop)

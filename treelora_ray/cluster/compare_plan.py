@@ -101,6 +101,7 @@ class Comparison:
         self.cells = [self._cell(row, seed) for seed in options.seeds for row in self.rows.values()]
         self.configs = self._checked()
         folder.pull(FILE)
+        self.resumed = (folder.path / FILE).is_file()
         self._resume()
 
     def _cell(self, row: Row, seed: int) -> Cell:
@@ -144,10 +145,9 @@ class Comparison:
         }
 
     def _resume(self) -> None:
-        path = self.folder.path / FILE
-        if not path.is_file():
+        if not self.resumed:
             return
-        found = json.loads(path.read_text())
+        found = json.loads((self.folder.path / FILE).read_text())
         if changed := list(_differences(found, json.loads(json.dumps(self.about())))):
             raise ClusterError(
                 f"comparison {self.folder} was begun with something else, and cells of both would not compare:\n  "

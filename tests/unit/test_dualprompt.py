@@ -157,6 +157,13 @@ def test_blocks_that_the_model_lacks_are_refused(name: str, backbone: Path) -> N
         dualprompt(backbone, **other)
 
 
+def test_left_out_blocks_are_those_of_the_usual_ones_that_the_model_has(backbone: Path) -> None:
+    with pytest.raises(ConfigError, match=r"e_layers is left out, and is \[2, 3, 4\] then, but .* has 2 blocks"):
+        dualprompt(backbone, e_layers=None)
+    made = dualprompt(backbone)
+    assert made.blocks("e_layers", None, (1, 2)) == [1]
+
+
 def test_a_block_with_two_prompts_is_refused(backbone: Path) -> None:
     with pytest.raises(ConfigError, match=r"g_layers \[0, 1\] and e_layers \[1\] name a block twice"):
         dualprompt(backbone, g_layers=[0, 1])

@@ -110,6 +110,7 @@ def test_a_fresh_start_is_drawn_for_each_task(backbone: Path) -> None:
     assert float(started.abs().max()) <= 0.5
 
 
-def test_blocks_that_the_model_lacks_are_refused(backbone: Path) -> None:
+def test_blocks_that_the_model_lacks_are_refused_and_left_out_where_none_are_named(backbone: Path) -> None:
+    assert hideprompt(backbone, layers=None).layers == [0, 1]
     with pytest.raises(ConfigError, match=r"method.layers has \[2, 3, 4\], but .* has 2 blocks: 0 to 1"):
         hideprompt(backbone, layers=[0, 1, 2, 3, 4])

@@ -20,6 +20,8 @@ from treelora_ray.models.backbone import Inputs
 from treelora_ray.models.prompting import Inserted
 from treelora_ray.objectives.base import Batch
 
+E_LAYERS = (2, 3, 4)  # where the config does not say
+
 
 @register("dualprompt")
 class DualPrompt(Prompted):
@@ -32,11 +34,11 @@ class DualPrompt(Prompted):
         super().__init__(learner, options)
         assert isinstance(options, DualPromptOptions)
         self.options, self.width = options, self.prompting.width
-        self.require_blocks("g_layers", options.g_layers)
-        self.require_blocks("e_layers", options.e_layers)
+        self.g_layers = self.blocks("g_layers", options.g_layers)
+        self.e_layers = self.blocks("e_layers", options.e_layers, E_LAYERS)
         self.shapes = (
-            (len(options.g_layers), 2, options.g_length, self.width),  # blocks, keys or values, rows, width
-            (len(options.e_layers), 2, options.e_length, self.width),
+            (len(self.g_layers), 2, options.g_length, self.width),  # blocks, keys or values, rows, width
+            (len(self.e_layers), 2, options.e_length, self.width),
         )
         self.shared = self.drawn("dualprompt/g", self.shapes[0], options.spread)
         self.experts: list[Tensor] = []  # of finished tasks
@@ -70,8 +72,7 @@ class DualPrompt(Prompted):
         return self._prefixes(shared, expert)
 
     def _prefixes(self, shared: Tensor, expert: Tensor) -> Inserted:
-        options = self.options
-        return Inserted(prefixes=prefixes(options.g_layers, shared) | prefixes(options.e_layers, expert))
+        return Inserted(prefixes=prefixes(self.g_layers, shared) | prefixes(self.e_layers, expert))
 
     def loss_terms(self, batch: Batch, said: Any) -> Tensor | None:  # noqa: ARG002
         return None if self.pull is None else -self.options.beta * self.pull

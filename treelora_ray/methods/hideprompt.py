@@ -19,6 +19,8 @@ from treelora_ray.methods.prompted import Prompted, prefixes
 from treelora_ray.models.backbone import Inputs
 from treelora_ray.models.prompting import Inserted
 
+LAYERS = (0, 1, 2, 3, 4)  # where the config does not say
+
 
 @register("hide-prompt")
 class HidePrompt(Prompted, Hide):
@@ -28,9 +30,9 @@ class HidePrompt(Prompted, Hide):
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         assert isinstance(options, HidePromptOptions)
-        self.layers, self.spread, self.continues = options.layers, options.spread, options.start == "previous"
-        self.require_blocks("layers", options.layers)
-        self.shape = len(options.layers), 2, options.length, self.prompting.width
+        self.layers = self.blocks("layers", options.layers, LAYERS)
+        self.spread, self.continues = options.spread, options.start == "previous"
+        self.shape = len(self.layers), 2, options.length, self.prompting.width
         self.prompts: list[Tensor] = []  # [n] of finished tasks
 
     def own_parameters(self) -> Tensor:

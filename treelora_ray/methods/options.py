@@ -285,8 +285,8 @@ class DualPromptOptions(Options):
     """Numbers of the blocks with the prompt of all tasks; none where the list is empty."""
     g_length: Positive = 5
     """Rows of that prompt in a block: so many before the keys, and as many before the values."""
-    e_layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [2, 3, 4], min_length=1)
-    """Numbers of the blocks with the prompt of a task."""
+    e_layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Numbers of the blocks with the prompt of a task. Left out: 2, 3 and 4, as far as the model has them."""
     e_length: Positive = 20
     """Rows of that prompt in a block: so many before the keys, and as many before the values."""
     beta: Share = 0.1
@@ -298,7 +298,7 @@ class DualPromptOptions(Options):
 
     @model_validator(mode="after")
     def _once(self) -> DualPromptOptions:
-        both = [*self.g_layers, *self.e_layers]
+        both = [*self.g_layers, *(self.e_layers or ())]
         if len(set(both)) < len(both):
             raise ValueError(
                 f"g_layers {self.g_layers} and e_layers {self.e_layers} name a block twice: a block has one prompt"
@@ -383,8 +383,8 @@ class OsfOptions(Options):
 class HidePromptOptions(HideOptions):
     """Prompts for each task before keys and values of some blocks, in place of an adapter; else as hide-lora."""
 
-    layers: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0, 1, 2, 3, 4], min_length=1)
-    """Numbers of the blocks with prompts."""
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Numbers of the blocks with prompts. Left out: the first five, as far as the model has them."""
     length: Positive = 20
     """Rows of a prompt in a block: so many before the keys, and as many before the values."""
     spread: Annotated[float, Field(gt=0)] = 0.02

@@ -52,10 +52,16 @@ class Prompted(Method):
         finally:
             self.task = None
 
-    def require_blocks(self, key: str, layers: Sequence[int]) -> None:
-        blocks, model = len(self.prompting.blocks), self.learner.config.model
-        if beyond := [layer for layer in layers if layer >= blocks]:
-            raise ConfigError(f"method.{key} has {beyond}, but {model.backbone} has {blocks} blocks: 0 to {blocks - 1}")
+    def blocks(self, key: str, given: Sequence[int] | None, usual: Sequence[int] = ()) -> list[int]:
+        """Numbers of the blocks that a setting names; left out, the usual ones that the model has."""
+        count, model = len(self.prompting.blocks), self.learner.config.model
+        has = f"{model.backbone} has {count} blocks: 0 to {count - 1}"
+        if beyond := [layer for layer in given or () if layer >= count]:
+            raise ConfigError(f"method.{key} has {beyond}, but {has}")
+        found = [layer for layer in usual if layer < count] if given is None else list(given)
+        if given is None and not found:
+            raise ConfigError(f"method.{key} is left out, and is {list(usual)} then, but {has}: name some of these")
+        return found
 
 
 def prefixes(layers: Sequence[int], prompt: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -57,6 +57,11 @@ def config(backbone: Path, method: str | Mapping[str, Any] = "treelora", **secti
     return from_mapping(data)
 
 
+def answering_by(batch: int, made: RunConfig) -> RunConfig:
+    """The config with another batch of answers; a section that is at its defaults is shared by all configs."""
+    return made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"batch": batch})})
+
+
 def method(made: RunConfig, comm: Comm | None = None, kind: str = "image") -> Method:
     return make(Learner(made, load_model(made.model, kind, made.seed), comm))
 

@@ -444,7 +444,7 @@ def test_u6_answers_do_not_depend_on_the_batch(variant: str, tmp_path: Path, bac
     order = np.random.default_rng(0).permutation(len(rows))
 
     def answers(batch: int, places: np.ndarray) -> list[str]:
-        object.__setattr__(made.config.evaluate, "batch", batch)
+        made.learner.config = toys.answering_by(batch, made.config)
         found = Evaluator(made.method)
         taken = MemoryRows(rows.take(places))
         return found.answer(taken, found.routes(taken)).text

@@ -184,7 +184,7 @@ def test_answers_do_not_depend_on_the_batch(learnt: StreamRun) -> None:
     task, routes = learnt.stream.tasks[0], np.array([0, 1, 1, 0, 0])
     found = []
     for batch in (64, 1):
-        object.__setattr__(learnt.config.evaluate, "batch", batch)
+        learnt.learner.config = toys.answering_by(batch, learnt.config)
         found.append(Evaluator(learnt.method).answer(task.test, routes).text)
     assert found[0] == found[1]
     order = np.array([4, 2, 0, 1, 3])

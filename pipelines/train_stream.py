@@ -7,22 +7,13 @@ A job runs in a temporary folder: give `folder` an absolute path on storage that
 
 from __future__ import annotations
 
-import argparse
-
 from treelora_ray.cli import main
+from treelora_ray.cluster.submit import of_pipeline
 
 
 def arguments(given: list[str] | None = None) -> list[str]:
     """As `treelora train` takes them."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s --config X [key=value ...] [options of `treelora train`]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="a YAML file, or the name of a preset")
-    found, rest = parser.parse_known_args(given)
-    return ["train", found.config, *rest]
+    return of_pipeline("train", __doc__, given)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vision transformer of a few thousand weights; not to be written to."""
+    from tests import tiny
+
+    return tiny.vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of a few thousand weights; not to be written to."""
+    from tests import tiny
+
+    return tiny.llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """Ray on this machine, started by the first test that needs it."""
     from tests import rays

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.data.rows import MemoryRows
 from treelora_ray.data.stream import watched
 from treelora_ray.data.task import TaskStream
@@ -142,16 +142,6 @@ WITHOUT = {
     "paper": ({"name": "treelora", "mode": "paper", "lambda": 0}, {"name": "seqlora"}),
     "released": ({"name": "treelora", "mode": "released", "lambda": 0}, {"name": "seqlora"}),
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 class Recorder(StreamRun):

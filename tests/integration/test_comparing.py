@@ -19,10 +19,10 @@ import pytest
 from tests.integration.test_runs import call, config_file, settings, write
 from tests.rays import Notes, state
 from treelora_ray import Run, run
-from treelora_ray.cluster import compare as module
 from treelora_ray.cluster.compare import compare
 from treelora_ray.cluster.compare_plan import CompareOptions, Comparison
 from treelora_ray.cluster.errors import ClusterError
+from treelora_ray.cluster.inner_runs import LOOKS
 from treelora_ray.config import RunConfig, from_mapping, load
 from treelora_ray.tracking.journal import read
 from treelora_ray.training.errors import RunError, Stopped
@@ -210,7 +210,7 @@ def test_a_table_that_cannot_be_written_does_not_hide_what_was_learnt(
     notes, config = Notes(), base(backbone, data, tmp_path / "runs", stream={"tasks": ["t0"]})
     done = compare(config, options("ncm", seeds=(0,)), listener=notes, local=True)
     assert isinstance(done, Comparison)
-    assert module.LOOKS not in {path.name for path in (tmp_path / "runs" / "c").iterdir()}
+    assert LOOKS not in {path.name for path in (tmp_path / "runs" / "c").iterdir()}
     assert any("the table could not be written (the disk is full): treelora report" in note for note in notes.notes)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.config import ConfigError
 from treelora_ray.methods.dualprompt import DualPrompt
 from treelora_ray.training.evaluate import Evaluator
@@ -19,11 +19,6 @@ from treelora_ray.training.loop import begin_task
 SMALL: dict[str, Any] = {
     "name": "dualprompt", "g_layers": [0], "g_length": 2, "e_layers": [1], "e_length": 3, "spread": 0.5,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def dualprompt(backbone: Path, **options: Any) -> DualPrompt:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from tests.contract.test_methods import Together
 from treelora_ray.data.rows import MemoryRows
 from treelora_ray.data.task import Task
@@ -19,16 +19,6 @@ from treelora_ray.methods import whole
 from treelora_ray.methods.ewc import Ewc
 from treelora_ray.methods.gradients import of_each
 from treelora_ray.training.loop import begin_task
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 def ewc(backbone: Path, **options: Any) -> Ewc:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.api import Run
 from treelora_ray.config import ConfigError, from_mapping
 from treelora_ray.data.rows import MemoryRows
@@ -25,11 +25,6 @@ from treelora_ray.training.evaluate import Evaluator
 from treelora_ray.training.stream import StreamRun
 
 WORDS = ["good", "bad", "film", "red", "blue", "one", "two", "three"]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 def rows(asked: str, answer: str, count: int = 8) -> MemoryRows:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.data.batches import BatchPlan
 from treelora_ray.methods import agem, gem
 from treelora_ray.methods.agem import Agem
@@ -25,16 +25,6 @@ from treelora_ray.methods.remembering import Remembering
 from treelora_ray.training.loop import begin_task
 
 EXACT = 1e-10  # a ridge that changes nothing visible
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 def ready(backbone: Path, name: str, **options: Any) -> Remembering:

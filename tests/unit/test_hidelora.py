@@ -31,11 +31,6 @@ SMALL = {"name": "hide-lora", "centroids": 3, "samples": 16, "fit_epochs": 4, "f
 PLAIN = {**SMALL, "momentum": 0, "contrast": 0, "start": "fresh"}
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def hidelora(backbone: Path, **options: Any) -> HideLora:
     sections = options.pop("sections", {})
     made = toys.ready(backbone, {**SMALL, **options}, **sections)

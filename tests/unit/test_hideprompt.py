@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.config import ConfigError
 from treelora_ray.methods.hideprompt import HidePrompt
 from treelora_ray.models.backbone import backbone_digest
@@ -20,11 +20,6 @@ SMALL: dict[str, Any] = {
     "name": "hide-prompt", "layers": [0, 1], "length": 2, "centroids": 2, "samples": 8, "fit_epochs": 3,
     "contrast": 0.1, "momentum": 0.25, "spread": 0.5,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def hideprompt(backbone: Path, **options: Any) -> HidePrompt:

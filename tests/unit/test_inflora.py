@@ -24,11 +24,6 @@ from treelora_ray.training.loop import begin_task, end_task, train_task
 WIDTH = 16
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def inflora(backbone: Path, **options: Any) -> InfLora:
     sections, kind = options.pop("sections", {}), options.pop("kind", "image")
     made = toys.ready(backbone, {"name": "inflora", **options}, kind=kind, **sections)

@@ -23,11 +23,6 @@ SMALL: dict[str, Any] = {"name": "l2p", "pool": 6, "length": 2, "top_k": 2, "spr
 ONCE = {"train": {"epochs": 1}}
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def l2p(backbone: Path, sections: Any = ONCE, **options: Any) -> L2p:
     made = toys.ready(backbone, {**SMALL, **options}, **sections)
     assert isinstance(made, L2p)

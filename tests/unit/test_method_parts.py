@@ -23,11 +23,6 @@ from treelora_ray.objectives.base import Batch
 from treelora_ray.training.loop import begin_task
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 class SpeechlessOptions(Options):
     """For this test."""
 

@@ -20,11 +20,6 @@ from treelora_ray.training.evaluate import Evaluator
 SCORES = pytest.mark.parametrize("score", ["cosine", "euclid", "mahalanobis"])
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def ncm(backbone: Path, **options: Any) -> Ncm:
     sections = options.pop("sections", {})
     made = toys.ready(backbone, {"name": "ncm", **options}, **sections)

@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
+from treelora_ray.methods.folding import fresh
 from treelora_ray.methods.olora import OLora
 from treelora_ray.training.loop import begin_task
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def olora(backbone: Path, **options: Any) -> OLora:
@@ -156,7 +152,7 @@ def test_earlier_adapters_stay_as_they_are(backbone: Path) -> None:
 def test_each_task_draws_an_adapter_of_its_own_from_the_seed(backbone: Path) -> None:
     made = third_task(backbone)
     learner = made.learner
-    assert torch.equal(learner.adapter, made.fresh())
+    assert torch.equal(learner.adapter, fresh(learner))
     assert torch.equal(third_task(backbone).learner.adapter, learner.adapter)
     other = third_task(backbone, sections={"seed": 5}).learner.adapter
     assert not torch.equal(other, learner.adapter)

@@ -23,11 +23,6 @@ from treelora_ray.training.loop import begin_task, end_task, train_task
 BOTH = {"model": {"lora": {"targets": ["q_proj", "fc1"]}}}  # square, and [32, 16]
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def osf(backbone: Path, tasks: int = 3, **options: Any) -> Osf:
     sections = options.pop("sections", {})
     made = toys.ready(backbone, {"name": "osf", **options}, tasks, **sections)

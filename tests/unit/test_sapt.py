@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.api import Run
 from treelora_ray.methods.sapt import Sapt, divergence, spread
 from treelora_ray.tracking.export import export_task
@@ -20,16 +20,6 @@ from treelora_ray.training.loop import begin_task
 from treelora_ray.training.stream import StreamRun
 
 HELD = {"replay": "kl", "memory": 9, "replay_batch": 4}
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 def sapt(backbone: Path, kind: Any = "image", **options: Any) -> Sapt:

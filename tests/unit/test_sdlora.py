@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.config import ConfigError
 from treelora_ray.methods.sdlora import SdLora
 from treelora_ray.training.loop import begin_task, end_task
@@ -17,11 +17,6 @@ from treelora_ray.training.loop import begin_task, end_task
 ROWS = toys.images(1, 8, 3).take(range(8))
 # What leaves the model as it was when a finished adapter becomes a direction.
 EXACT: list[dict[str, Any]] = [{}, {"alpha_scope": "module"}, {"norm": "module", "alpha_scope": "module"}]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def sdlora(backbone: Path, **options: Any) -> SdLora:

@@ -25,11 +25,6 @@ from treelora_ray.training.loop import begin_task, end_task, train_task
 TASKS = 3
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
-
-
 def slao(backbone: Path, **options: Any) -> Slao:
     sections, kind = options.pop("sections", {}), options.pop("kind", "image")
     made = toys.ready(backbone, {"name": "slao", **options}, kind=kind, **sections)

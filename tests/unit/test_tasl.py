@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import tiny, toys
+from tests import toys
 from treelora_ray.methods.tasl import Tasl, by_unit, normalised, spread
 from treelora_ray.training.loop import begin_task, end_task, train_task
 
 STEPS: dict[str, Any] = {"train": {"steps": 4}}
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.vit(tmp_path_factory.mktemp("vit"))
 
 
 def tasl(backbone: Path, **options: Any) -> Tasl:

@@ -6,22 +6,18 @@ compare ─► Comparison (comparison.json) ─► cells, one after the other he
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 
 from treelora_ray.cluster.compare_cell import Outcome, learn_cell
 from treelora_ray.cluster.compare_plan import Cell, CompareOptions, Comparison, comparison_name, with_looks
-from treelora_ray.cluster.errors import ClusterError
-from treelora_ray.cluster.inner_runs import conclude, deliver, kind_of_stream
+from treelora_ray.cluster.inner_runs import LOOKS, conclude, deliver, kind_of_stream, opened, report
 from treelora_ray.config import RunConfig, with_values
 from treelora_ray.data.task import Kind
-from treelora_ray.files import locked
 from treelora_ray.methods.shared import Shared
-from treelora_ray.store import joined, local_path, open_folder
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
-
-LOOKS = ".looks"  # what cells have seen of tasks, for other cells
 
 
 def compare(
@@ -43,21 +39,15 @@ def compare(
     if local:
         base = with_values(base, {"cluster.workers": 0}, "the comparison")
     kind = kind_of_stream(base.stream, base.seed)
-    address = joined(base.folder, name)
-    if (path := local_path(address)) is not None:
-        address = str(path.absolute())
-    with open_folder(address) as folder:
-        folder.lock.parent.mkdir(parents=True, exist_ok=True)
-        busy = ClusterError(f"another process runs comparison {folder}: wait for it, or give another name (--name)")
-        with locked(folder.lock, busy):
-            found = Comparison(base, "causal-lm" if kind == "prompt" else "classification", options, folder)
-            found.save()
-            try:
-                _learn(found, kind, listener, stop, local)
-            finally:
-                _report(found, listener)
-                _tell(found, listener, stop())
-            return found
+    with opened(base, name, "comparison") as folder:
+        found = Comparison(base, "causal-lm" if kind == "prompt" else "classification", options, folder)
+        found.save()
+        try:
+            _learn(found, kind, listener, stop, local)
+        finally:
+            report(folder, partial(_write, found), "table", listener.note)
+            _tell(found, listener, stop())
+        return found
 
 
 def _learn(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[], bool], local: bool) -> None:
@@ -75,8 +65,7 @@ def _learn(found: Comparison, kind: Kind, listener: Listener, stop: Callable[[],
         on_ray(found, kind, listener, stop)
     if found.left:
         raise Stopped(found.folder.address)
-    with suppress(OSError):
-        _clear(found)
+    shutil.rmtree(found.folder.path / LOOKS, ignore_errors=True)
     if not any(cell.state == "finished" for cell in found.cells):
         errors = "\n  ".join(f"{cell.id}: {cell.error}" for cell in found.cells)
         raise RunError(f"no cell of comparison {found.folder} has learnt the stream:\n  {errors}")
@@ -108,21 +97,10 @@ def take(found: Comparison, cell: Cell, outcome: Outcome, listener: Listener) ->
         listener.note(f"{cell.id} {what}: {outcome['error']}")
 
 
-def _clear(found: Comparison) -> None:
-    import shutil
-
-    shutil.rmtree(found.folder.path / LOOKS, ignore_errors=True)
-
-
-def _report(found: Comparison, listener: Listener) -> None:
-    """Of what is known, however the comparison has ended."""
+def _write(found: Comparison) -> None:
     from treelora_ray.tracking.comparison_report import write_comparison
 
-    try:
-        write_comparison(found.folder.address, found.folder.path)
-        found.folder.push()
-    except Exception as error:  # what has been learnt, and what has ended it, weigh more
-        listener.note(f"the table could not be written ({error}): treelora report {found.folder} tries again")
+    write_comparison(found.folder.address, found.folder.path)
 
 
 def _tell(found: Comparison, listener: Listener, stopped: bool) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from treelora_ray.cluster.compare import LOOKS, take
+from treelora_ray.cluster.compare import take
 from treelora_ray.cluster.compare_cell import Outcome, Progress, learn_cell
 from treelora_ray.cluster.compare_plan import Cell, Comparison
 from treelora_ray.cluster.errors import ClusterLostError, first_line
+from treelora_ray.cluster.inner_runs import LOOKS
 from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.config import from_mapping
 from treelora_ray.data.task import Kind

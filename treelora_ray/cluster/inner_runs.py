@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from treelora_ray.api import run
+from treelora_ray.cluster.errors import ClusterError
 from treelora_ray.config import RunConfig, StreamConfig, flat, with_values
 from treelora_ray.data.stream import open_stream
 from treelora_ray.data.task import Kind
+from treelora_ray.files import locked
 from treelora_ray.methods.shared import Shared
-from treelora_ray.store import RunFolder, local_path
+from treelora_ray.store import RunFolder, joined, local_path, open_folder
 from treelora_ray.tracking.journal import FILE as JOURNAL
 from treelora_ray.tracking.journal import read
 from treelora_ray.tracking.parent import tell_parent
@@ -26,6 +29,7 @@ from treelora_ray.tracking.tracked import VARIABLE
 from treelora_ray.training.errors import BusyError, NonFiniteError
 from treelora_ray.training.stream import Listener
 
+LOOKS = ".looks"  # what the runs have seen of tasks, for other runs of the whole
 PLACES = ("stream.path", "method.prior")
 OLD_PROCESS = 60.0  # seconds that the process of a driver that has died may take to let go of a run
 TRIES = 3  # of a run that fails
@@ -38,6 +42,30 @@ class Inner(Protocol):
 
     @property
     def over(self) -> bool: ...
+
+
+@contextmanager
+def opened(base: RunConfig, name: str, what: str) -> Iterator[RunFolder]:
+    """The folder of the whole, a sweep or a comparison, which no other process may go on with meanwhile."""
+    address = joined(base.folder, name)
+    if (path := local_path(address)) is not None:
+        address = str(path.absolute())
+    with open_folder(address) as folder:
+        folder.lock.parent.mkdir(parents=True, exist_ok=True)
+        busy = ClusterError(
+            f"another process runs {what} {folder}: wait for it, or give the {what} another name (--name)"
+        )
+        with locked(folder.lock, busy):
+            yield folder
+
+
+def report(whole: RunFolder, write: Callable[[], object], what: str, say: Callable[[str], None]) -> None:
+    """Of what is known, however the whole has ended."""
+    try:
+        write()
+        whole.push()
+    except Exception as error:  # what has been learnt, and what has ended it, weigh more
+        say(f"the {what} could not be written ({error}): treelora report {whole} tries again")
 
 
 def absolute(base: RunConfig) -> RunConfig:

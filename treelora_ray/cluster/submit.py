@@ -6,6 +6,7 @@ must not lie in it, and what shall travel must.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ipaddress
 import json
@@ -173,6 +174,19 @@ def _start(command: str, pipeline: str, source: str, working_dir: Path) -> list[
     if (working_dir / "pipelines" / pipeline).is_file():
         return ["python", f"pipelines/{pipeline}", "--config", source]
     return ["python", "-m", "treelora_ray", command, source]
+
+
+def of_pipeline(command: str, description: str | None, given: Sequence[str] | None) -> list[str]:
+    """What a pipeline is given, as `treelora COMMAND` takes it: its config is an option, which may stand anywhere."""
+    parser = argparse.ArgumentParser(
+        usage=f"%(prog)s --config X [key=value ...] [options of `treelora {command}`]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of a preset")
+    found, rest = parser.parse_known_args(given)
+    return [command, found.config, *rest]
 
 
 def _job(config: RunConfig, name: str, words: list[str], notes: list[str], here: bool) -> Job:

@@ -14,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,22 @@ from ray import tune
 from ray._private import auto_init_hook
 
 from treelora_ray.api import Run
-from treelora_ray.cluster.errors import ClusterError, ClusterLostError
-from treelora_ray.cluster.inner_runs import conclude, deliver, kind_of_stream
+from treelora_ray.cluster.errors import ClusterLostError
+from treelora_ray.cluster.inner_runs import LOOKS, conclude, deliver, kind_of_stream, opened, report
 from treelora_ray.cluster.run import at_once, connected, of_one_run, require_room, say_gpus
 from treelora_ray.cluster.spaces import load_space
-from treelora_ray.cluster.sweep_plan import WINNER, Sweep, SweepOptions, Trial, sweep_name
+from treelora_ray.cluster.sweep_plan import Sweep, SweepOptions, sweep_name
 from treelora_ray.cluster.sweep_program import Program
 from treelora_ray.cluster.sweep_search import Conductor, Judge
 from treelora_ray.cluster.sweep_trial import Trial as Actor
 from treelora_ray.config import RunConfig, with_values
-from treelora_ray.files import locked
 from treelora_ray.models.kept import Backbones
-from treelora_ray.store import RunFolder, joined, local_path, open_folder
+from treelora_ray.store import RunFolder, joined
 from treelora_ray.training.errors import RunError, Stopped
 from treelora_ray.training.stream import Listener
 
 POLL = 0.2  # seconds between two looks at Ctrl-C
 TUNE = ".tune"  # where Tune writes what nobody reads
-LOOKS = ".looks"  # what trials have seen of tasks, for other trials
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -65,23 +64,17 @@ def sweep(
     name = sweep_name(base, space.name, options.name)
     with_values(base, {"name": name}, "the name of the sweep")
     space.require_fits(base)
-    address = joined(base.folder, name)
-    if (path := local_path(address)) is not None:
-        address = str(path.absolute())
-    with open_folder(address) as folder:
-        folder.lock.parent.mkdir(parents=True, exist_ok=True)
-        busy = ClusterError(f"another process runs sweep {folder}: wait for it, or give the sweep another name")
-        with locked(folder.lock, busy):
-            found = Sweep(base, space, options, folder)
-            found.save()
-            told = found.tested
-            try:
-                _drive(found, listener, stop)
-            finally:
-                _report(found, listener)
-                if not told:
-                    _tell(found, listener, stop())
-            return found
+    with opened(base, name, "sweep") as folder:
+        found = Sweep(base, space, options, folder)
+        found.save()
+        told = found.tested
+        try:
+            _drive(found, listener, stop)
+        finally:
+            report(folder, partial(_write, found), "report", listener.note)
+            if not told:
+                _tell(found, listener, stop())
+        return found
 
 
 def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
@@ -108,26 +101,20 @@ def _drive(sweep: Sweep, listener: Listener, stop: Callable[[], bool]) -> None:
         raise experiment.error
     if stop():
         raise Stopped(sweep.folder.address)
-    _conclude(sweep, program.final)
+    _conclude(sweep)
     shutil.rmtree(sweep.folder.path / LOOKS, ignore_errors=True)
 
 
-def _report(sweep: Sweep, listener: Listener) -> None:
-    """Of what is known, however the sweep has ended."""
+def _write(sweep: Sweep) -> None:
     from treelora_ray.tracking.sweep_report import write_sweep_report
 
-    try:
-        write_sweep_report(sweep.folder.path)
-        sweep.folder.push()
-    except Exception as error:  # what the sweep has found, and what has ended it, weigh more
-        listener.note(f"the report could not be written ({error}): treelora report {sweep.folder} tries again")
+    write_sweep_report(sweep.folder.path)
 
 
 def _tell(sweep: Sweep, listener: Listener, stopped: bool) -> None:
     """MLflow, of the whole."""
     status = "FINISHED" if sweep.tested else "KILLED" if stopped else "FAILED"
-    winner = Trial(WINNER, {}, sweep.base.seed, WINNER)
-    conclude(sweep.folder, sweep.base, [*sweep.trials, *sweep.again, winner], status, listener.note)
+    conclude(sweep.folder, sweep.base, [*sweep.trials, *sweep.again, sweep.final], status, listener.note)
 
 
 def _clear(folder: RunFolder) -> None:
@@ -149,7 +136,7 @@ def _say_where(sweep: Sweep, listener: Listener) -> None:
         listener.note(f"the grid has {size} settings: {sweep.wanted} of them are tried, drawn by the seed")
 
 
-def _conclude(sweep: Sweep, final: Trial) -> None:
+def _conclude(sweep: Sweep) -> None:
     """What the winner scores on test rows; or why there is none."""
     if sweep.winner is None:
         states = [trial.state for trial in sweep.trials]
@@ -159,6 +146,7 @@ def _conclude(sweep: Sweep, final: Trial) -> None:
             f"no trial of sweep {sweep.folder} has learnt the whole stream, so there is no winner: {counted}{error}; "
             "give it more time, or search elsewhere"
         )
+    final = sweep.final
     if final.state != "finished":
         raise RunError(f"the winner of sweep {sweep.folder} could not be learnt: {final.error}")
     metrics = Run(joined(sweep.folder.address, final.run)).metrics

@@ -129,6 +129,7 @@ class Sweep:
         self.name = sweep_name(base, space.name, options.name)
         self.trials: list[Trial] = []
         self.again: list[Trial] = []
+        self.final = Trial(WINNER, {}, base.seed, WINNER)  # the winner, on all rows
         self.winner: dict[str, Any] | None = None
         self.seconds, self.clock = 0.0, time.monotonic()
         folder.pull(FILE)

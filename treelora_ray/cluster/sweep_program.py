@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from treelora_ray.cluster.parameters import Parameter
-from treelora_ray.cluster.sweep_plan import WINNER, Sweep, Trial
+from treelora_ray.cluster.sweep_plan import Sweep, Trial
 
 Choose = Callable[[], "Trial | None"]
 
@@ -16,7 +16,6 @@ class Program:
 
     def __init__(self, sweep: Sweep, stop: Callable[[], bool], say: Callable[[str], None]) -> None:
         self.sweep, self.stop, self.say = sweep, stop, say
-        self.final = Trial(WINNER, {}, sweep.base.seed, WINNER)
         self.choose = by_optuna(sweep) if sweep.options.search == "optuna" else planned(sweep.trials)
         self.further = [self._further_seeds, self._winner]
         if sweep.winner is not None:  # named before: it stays
@@ -64,7 +63,7 @@ class Program:
         sweep.save()
         sweep.write_best()
         self.say(f"the winner is {sweep.winner['trial']}: learning its config without held-out rows")
-        return planned([self.final])
+        return planned([self.sweep.final])
 
 
 def planned(trials: Sequence[Trial]) -> Callable[[], Trial | None]:

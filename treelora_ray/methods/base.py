@@ -40,6 +40,8 @@ class Method:
     """What workers add up or tell each other."""
     routes: ClassVar[bool] = True
     """Whether a task is inferred first, whose classes then answer; else classes of all tasks compete."""
+    starts_from: ClassVar[str] = ""
+    """In words, where a task's adapter starts from, where no option says; empty: it is not said."""
     adapts: ClassVar[bool] = True
     """Whether the adapter is trained."""
     unexported: ClassVar[str] = ""
@@ -59,6 +61,11 @@ class Method:
     def __init__(self, learner: Learner, options: Options) -> None:  # noqa: ARG002
         self.learner = learner
         self.bank: AdapterBank | None = None  # adapters of finished tasks, for methods that keep them
+
+    @classmethod
+    def start_of(cls, options: Mapping[str, Any]) -> str:  # noqa: ARG003
+        """In words, where a task's adapter starts from with these options; empty: it is not said."""
+        return cls.starts_from
 
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         """Which tasks are learnt together, in order."""

@@ -28,6 +28,7 @@ class DualPrompt(Prompted):
     """-beta cos(q, key_t) is added to each sample's loss; the task of the nearest key answers, among all classes."""
 
     keeps = "a prompt and a key for each task, a prompt for all"
+    starts_from = "none: a new prompt, beside that of all tasks"
     step_cost = "one forward (beta 0: none), and the prompts' rows in their blocks"
 
     def __init__(self, learner: Learner, options: Options) -> None:

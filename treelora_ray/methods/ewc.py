@@ -29,6 +29,7 @@ class Ewc(Method):
     """(lambda / 2) sum_i F_i (theta_i - theta*_i)^2 is added to the mean loss: for each task, or once (online)."""
 
     keeps = "one adapter; importance and anchor of all that is trained, for each task (online: once)"
+    starts_from = "the task before"
     step_cost = "O(P) for each importance kept"
     reduces = "gradient; once a task the sums of squared gradients of rows"
 
@@ -86,7 +87,7 @@ class Ewc(Method):
         found = outputs.log_probabilities(batch, said)
         right = outputs.gold(batch)
         if self.options.fisher == "sampled":
-            draw = torch.Generator().manual_seed(memory.number(f"{self.learner.config.seed}/{ref}/fisher"))
+            draw = memory.generator(f"{self.learner.config.seed}/{ref}/fisher")
             chances = found.detach().double().exp().cpu()
             right = torch.multinomial(chances, 1, generator=draw).squeeze(1).to(found.device)
         return F.nll_loss(found, right)

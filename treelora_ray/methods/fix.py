@@ -5,7 +5,7 @@ In-context learning of Brown et al. 2020, arXiv 2005.14165.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,10 @@ class Fix(Method):
     step_cost = "no steps; prompts of up to `max_prompt` tokens"
     reduces = "nothing"
     adapts = False
+    unexported = (
+        "what method fix answers with is more than an adapter, so there is none to export: write the whole run with "
+        "`treelora model`"
+    )
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
@@ -62,10 +66,6 @@ class Fix(Method):
             yield
         finally:
             objective.shown = None
-
-    def changed(self, unit: Sequence[int]) -> Sequence[int]:  # noqa: ARG002
-        """None: no adapter answers as demonstrations do, so none is exported."""
-        return ()
 
     def to_json(self) -> dict[str, Any]:
         return {"demonstrations": {str(task): found for task, found in self.demonstrations.items()}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from treelora_ray.config import Options
+from treelora_ray.core.layout import Layout
 from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Learner
@@ -20,28 +21,34 @@ def fresh(learner: Learner) -> Tensor:
     """[total] A drawn as a new adapter's is, from seed and task; B = 0."""
     found = torch.zeros(learner.layout.total)
     for name, (a, _) in learner.layout.views(found):
-        generator = torch.Generator().manual_seed(
-            memory.number(f"{learner.config.seed}/{learner.unit_name}/{name}/fresh")
-        )
+        generator = memory.generator(f"{learner.config.seed}/{learner.unit_name}/{name}/fresh")
         bound = 1 / math.sqrt(a.shape[1])  # what kaiming_uniform_ with a = sqrt(5) draws from
         a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
     return found
 
 
+def side_by_side(layout: Layout, adapters: Sequence[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """By layer [A_1; A_2; ...] and [B_1, B_2, ...], whose product is the sum of the adapters' products."""
+    found = [dict(layout.views(adapter)) for adapter in adapters]
+    return {
+        name: (torch.cat([part[name][0] for part in found]), torch.cat([part[name][1] for part in found], dim=1))
+        for name in layout.names
+    }
+
+
 class Folding(Method):
     """What methods have in common that fold. Each task has a fresh adapter, the first one the anchor."""
+
+    starts_from = "fresh, on weights with the tasks before folded in"
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         self.folded: list[Tensor] = []  # adapters [total] in the order in which they went into the weights
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # by layer: as loaded, and with all that was folded in
 
-    def fresh(self) -> Tensor:
-        return fresh(self.learner)
-
     def before_task(self) -> None:
         if self.folded:
-            self.learner.adapter.copy_(self.fresh())
+            self.learner.adapter.copy_(fresh(self.learner))
 
     def after_task(self) -> None:
         self.fold(self.learner.adapter.clone())
@@ -62,14 +69,8 @@ class Folding(Method):
             linear.weight.data = now
 
     def factors(self, task: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """All that was folded in, side by side: [A_1; A_2; ...] and [B_1, B_2, ...]."""
-        if not self.folded:
-            return super().factors(task)
-        found = [dict(self.learner.layout.views(adapter)) for adapter in self.folded]
-        return {
-            name: (torch.cat([part[name][0] for part in found]), torch.cat([part[name][1] for part in found], dim=1))
-            for name in self.learner.layout.names
-        }
+        """All that was folded in."""
+        return side_by_side(self.learner.layout, self.folded) if self.folded else super().factors(task)
 
     def plain(self) -> AbstractContextManager[None]:
         return self._unfolded()

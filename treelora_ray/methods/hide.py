@@ -72,7 +72,7 @@ class Summaries:
 
         Of an entry's samples each component has its share of rows, but for one.
         """
-        generator = torch.Generator().manual_seed(memory.number(key))
+        generator = memory.generator(key)
         chosen = []
         for entry in range(len(self)):
             (own,) = torch.nonzero(self.owner == entry, as_tuple=True)
@@ -118,7 +118,7 @@ def summarised(features: Tensor, kind: str, most: int, key: str) -> list[Compone
 
 def kmeans(points: Tensor, most: int, key: str) -> Tensor:
     """[n] the group of each point [n, d]; fewer than `most` where points are alike. A function of points and key."""
-    generator = torch.Generator().manual_seed(memory.number(key))
+    generator = memory.generator(key)
     least = SAME * float((points - points.mean(0)).square().sum(1).mean())
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     while len(centres) < min(most, len(points)):

@@ -5,6 +5,9 @@ Wang et al. 2024, arXiv 2407.05229; the decomposition is that of Wang et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from treelora_ray.config import Options
@@ -18,6 +21,10 @@ from treelora_ray.methods.options import HideLoraOptions
 @register("hide-lora")
 class HideLora(Hide):
     keeps = "an adapter for each task; of a class 2 summaries of its features, and a row of the head that infers tasks"
+
+    @classmethod
+    def start_of(cls, options: Mapping[str, Any]) -> str:
+        return {"previous": "the task before", "fresh": "fresh"}[options["start"]]
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)

@@ -25,6 +25,7 @@ LAYERS = (0, 1, 2, 3, 4)  # where the config does not say
 @register("hide-prompt")
 class HidePrompt(Prompted, Hide):
     keeps = "prompts for each task; of a class 2 summaries of its features, and a row of the head that infers tasks"
+    starts_from = "none: prompts alone"
     step_cost = "the prompts' rows in their blocks, and the contrast"
 
     def __init__(self, learner: Learner, options: Options) -> None:

@@ -13,6 +13,7 @@ from treelora_ray.methods.learner import Learner
 @register("independent")
 class Independent(Method):
     keeps = "an adapter for each task"
+    starts_from = "fresh"
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)

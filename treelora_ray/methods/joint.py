@@ -8,6 +8,7 @@ from treelora_ray.methods.base import Method, register
 @register("joint")
 class Joint(Method):
     keeps = "one adapter; needs all rows at once"
+    starts_from = "fresh"
 
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         return [tuple(range(tasks))] if tasks else []

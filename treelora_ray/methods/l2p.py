@@ -27,6 +27,7 @@ class L2p(Prompted):
     """-beta sum_taken cos(q, key) is added to a sample's loss; its feature is the mean of its prompts' outputs."""
 
     keeps = "a pool of prompts with keys, whatever N"
+    starts_from = "none: the pool of prompts of the task before"
     step_cost = "one forward, and top_k length more tokens"
     routes = False
 

@@ -25,6 +25,7 @@ class Lwf(Method):
     """lambda T^2 KL(softmax(z_old / T) || softmax(z_new / T)) over old classes (tokens) is added to the mean loss."""
 
     keeps = "one adapter; a copy of it and of the head as they were after the task before"
+    starts_from = "the task before"
     step_cost = "one forward"
 
     def __init__(self, learner: Learner, options: Options) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 
 from treelora_ray.data.batches import permuted
 from treelora_ray.methods.learner import Ref
@@ -17,6 +18,11 @@ def draw(count: int, wanted: int, key: str) -> list[int]:
         return []
     found: list[int] = permuted(np.arange(min(wanted, count)), count, key).tolist()
     return found
+
+
+def generator(key: str) -> torch.Generator:
+    """Draws that depend on the key alone, and touch no others."""
+    return torch.Generator().manual_seed(number(key))
 
 
 def number(key: str) -> int:

@@ -28,6 +28,7 @@ class Ncm(Method):
 
     objectives = ("classification",)
     keeps = "sums of features: C (d + 1) values, for mahalanobis d^2 more"
+    starts_from = "fresh"
     step_cost = "no steps: one forward for each row of a task"
     reduces = "counts, sums and products of features"
     routes = False

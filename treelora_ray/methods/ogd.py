@@ -27,6 +27,7 @@ class Ogd(Method):
     """g - U^T (U g): U has orthonormal rows, made of gradients of the right logit for some rows of each past task."""
 
     keeps = "one adapter; up to `memory` directions of all that is trained, for each task"
+    starts_from = "the task before"
     step_cost = "O(P) for each direction"
     reduces = "gradient; once a task the gradients of the chosen rows"
 

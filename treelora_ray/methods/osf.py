@@ -39,6 +39,7 @@ class Osf(Folding):
     """W = U_h S_h V_h + U_l S_l V_l, of which U_l, S_l, V_l are trained at right angles to U_h and V_h."""
 
     keeps = "the weights of the adapted layers, rewritten"
+    starts_from = "none: the weights go on, with the largest singular directions frozen"
     step_cost = "two products of the layers' size in each, and projections"
     reduces = "gradient; once a task the factors, which worker 0 makes"
     adapts = False

@@ -41,7 +41,7 @@ class Prompted(Method):
 
     def drawn(self, what: str, shape: Sequence[int], spread: float = 1.0) -> Tensor:
         """Uniform between -spread and spread, from the run's seed; of a key, 1 sets how far a step turns it."""
-        generator = torch.Generator().manual_seed(memory.number(f"{self.learner.config.seed}/{what}"))
+        generator = memory.generator(f"{self.learner.config.seed}/{what}")
         return torch.empty(*shape).uniform_(-spread, spread, generator=generator).to(self.learner.device)
 
     @contextmanager

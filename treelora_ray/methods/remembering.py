@@ -26,6 +26,7 @@ class Remembering(Method):
     """
 
     keeps = "one adapter, the numbers of `memory` rows of each task"
+    starts_from = "the task before"
 
     def __init__(self, learner: Learner, options: Options, per_task: int) -> None:
         super().__init__(learner, options)
@@ -66,6 +67,8 @@ class Remembering(Method):
 
 class Buffered(Method):
     """What methods have in common that hold one memory over all tasks. It holds the numbers of its rows."""
+
+    starts_from = "the task before"
 
     def __init__(self, learner: Learner, options: ReplayOptions | DerOptions) -> None:
         super().__init__(learner, options)

@@ -63,8 +63,7 @@ class Replay(Buffered):
     def remember(self, refs: Sequence[Ref]) -> None:
         """Offers rows to the memory, each in the group of its class, or of its task where there are none."""
         for task in sorted({task for task, _ in refs}):
-            rows, groups = [row for other, row in refs if other == task], [task]
-            objective = self.learner.objective
+            rows, objective = [row for other, row in refs if other == task], self.learner.objective
             if self.buffer.balanced and isinstance(objective, Classification):
                 labels = self.learner.tasks[task].train.take(rows, ["label"])
                 groups = objective.targets(labels, [task] * len(rows))

@@ -18,6 +18,7 @@ from treelora_ray.config import Options
 from treelora_ray.core.merge import AdapterBank
 from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method, register
+from treelora_ray.methods.folding import side_by_side
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import SaptOptions
 from treelora_ray.models import adapters
@@ -32,6 +33,7 @@ class Sapt(Method):
     """
 
     keeps = "an adapter and a key for each task, a query network (kl: pooled tokens of `memory` rows of each task)"
+    starts_from = "fresh"
     step_cost = "O(N) times the adapters' forward/backward (kl: the query network on kept rows)"
     reduces = "gradient; once a task the sum of its rows' mixtures (kl: the pooled tokens kept)"
     routes = False
@@ -60,7 +62,7 @@ class Sapt(Method):
 
     def first(self) -> Tensor:
         """The query network as it is drawn from the seed: two layers, then scale and shift of its norm."""
-        generator = torch.Generator().manual_seed(memory.number(f"{self.learner.config.seed}/query"))
+        generator = memory.generator(f"{self.learner.config.seed}/query")
         down, up, scale, shift = (torch.empty(shape) for shape in self.shapes)
         for layer in (down, up):
             bound = 1 / math.sqrt(layer.shape[1])
@@ -70,8 +72,8 @@ class Sapt(Method):
         )
 
     def own_parameters(self) -> Tensor:
-        key = memory.number(f"{self.learner.config.seed}/{self.learner.unit_name}/key")
-        drawn = torch.randn(self.width, generator=torch.Generator().manual_seed(key))
+        key = f"{self.learner.config.seed}/{self.learner.unit_name}/key"
+        drawn = torch.randn(self.width, generator=memory.generator(key))
         return torch.cat([self.learnt[: -self.width], drawn.to(self.learnt)])
 
     @property
@@ -135,20 +137,10 @@ class Sapt(Method):
         return said + (self.learner.model.scaling * F.linear(inner * spread(each, inner), b)).to(said.dtype)
 
     def stacks(self, past: list[int]) -> dict[str, tuple[Tensor, Tensor]]:
-        """By layer the adapters of finished tasks, side by side: [A_1; A_2; ...] and [B_1, B_2, ...]."""
+        """By layer the adapters of finished tasks, side by side."""
         if self.stacked[0] != past:
-            layout, device = self.learner.layout, self.learner.device
-            every = [dict(layout.views(self.bank[task].to(device))) for task in past]
-            self.stacked = (
-                past,
-                {
-                    name: (
-                        torch.cat([one[name][0] for one in every]),
-                        torch.cat([one[name][1] for one in every], dim=1),
-                    )
-                    for name in layout.names
-                },
-            )
+            finished = [self.bank[task].to(self.learner.device) for task in past]
+            self.stacked = past, side_by_side(self.learner.layout, finished)
         return self.stacked[1]
 
     # -- a task

@@ -40,6 +40,7 @@ class SdLora(Method):
     """W + sum_{k < t} alpha_k D_k + alpha_t s B_t A_t is trained in A_t, B_t and all alpha; each D_k has length 1."""
 
     keeps = "an adapter for each task (absorb: for some), a magnitude for each (alpha_scope module: L)"
+    starts_from = "fresh, beside the directions of the tasks before"
     step_cost = "O(N) times the forward and backward pass through an adapter"
     reduces = "gradient; once a task lengths, and what is absorbed, from worker 0"
 

@@ -27,6 +27,7 @@ class Slao(Method):
     """A is that of the last task, B a weighted mean over tasks; training goes on from the B as it was trained."""
 
     keeps = "two adapters: as last trained, and merged"
+    starts_from = "the task before, with the rows of its A made orthonormal"
     reduces = "gradient; worker 0 tells a task's start; head ncm: counts and sums of features"
 
     def __init__(self, learner: Learner, options: Options) -> None:
@@ -82,7 +83,7 @@ class Slao(Method):
         """[d_in] of length 1, in place of a row that adds nothing to those before it."""
         learner = self.learner
         key = f"{learner.config.seed}/{learner.unit_name}/{name}/{place}/completed"
-        generator = torch.Generator().manual_seed(memory.number(key))
+        generator = memory.generator(key)
         width = learner.model.layers[name][0].shape[1]
         drawn = torch.randn(width, dtype=torch.float64, generator=generator)
         return F.normalize(drawn, dim=0).to(learner.device)

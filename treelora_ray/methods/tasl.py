@@ -23,6 +23,7 @@ class Tasl(Method):
     """theta <- w theta_old + (1 - w) theta after each task, w by unit: a row of A with its column of B, or a matrix."""
 
     keeps = "one adapter, a number for each unit of it"
+    starts_from = "the task before"
     step_cost = "a few operations on the adapter, three more of its size"
     reduces = "gradient; once a task the units' scores, from worker 0"
 

@@ -71,6 +71,16 @@ class TreeLora(Method):
     step_cost = "the pull: a few operations on the adapter; with observe query 1 + (tasks named) forward/backward"
     reduces = "gradient, probe gradients; what the guide says is told by worker 0"
 
+    @classmethod
+    def start_of(cls, options: Mapping[str, Any]) -> str:
+        observed = options.get("guide", {}).get("observe", "probe" if options["mode"] == "treelora" else "step")
+        start = options["start"] or ("similar" if observed == "probe" else "previous")
+        return {
+            "similar": "layer by layer from related tasks, else fresh",
+            "previous": "the task before",
+            "fresh": "fresh",
+        }[start]
+
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
         assert isinstance(options, TreeLoraOptions)

@@ -52,11 +52,6 @@ def export_task(run: Run, task: str, target: Path, merge: bool = False, force: b
         raise RunError(f"run {run.address} has no adapter of {task}: {said}")
     source = run.adapters[task]
     if not (source / "adapter_config.json").is_file():
-        if not run.method.changed([run.tasks.index(task)]):
-            raise RunError(
-                f"what method {run.config.method.name} answers with is more than an adapter, so there is none to "
-                "export: write the whole run with `treelora model`"
-            )
         raise RunError(f"run {run.address} lacks the adapter of {task}: there is no {source / 'adapter_config.json'}")
     with placed(target, force) as folder:
         card: dict[str, Any] = {

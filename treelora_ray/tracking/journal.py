@@ -99,6 +99,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [entry for _, entry in read_on(path, 0)]
 
 
+def beginning(path: Path) -> dict[str, Any] | None:
+    """The first entry that says what the run is; None where nothing was told yet."""
+    return next((entry for entry in read(path) if entry["kind"] == "begins"), None)
+
+
 def read_on(path: Path, start: int) -> list[tuple[int, dict[str, Any]]]:
     """Entries from an offset on, each with the offset behind it; what is damaged is left out."""
     try:

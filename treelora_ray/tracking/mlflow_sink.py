@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 from treelora_ray.files import locked
-from treelora_ray.tracking.journal import FILE, read
+from treelora_ray.tracking.journal import FILE, beginning
 from treelora_ray.tracking.store import address, local_artifacts
 
 KEY = "treelora.run"  # the tag by which a run is found again
@@ -195,9 +195,9 @@ class Sink:
 
 def close_parent(folder: Path, run_id: str, files: Sequence[Path], figures: Path, status: str) -> None:
     """What came of a group, for the run above that of a member in `folder`; files of the same name are replaced."""
-    entries = read(folder / FILE)
-    tracking = next(entry for entry in entries if entry["kind"] == "begins")["about"]["config"]["tracking"]
-    uri = address(tracking, folder)
+    begins = beginning(folder / FILE)
+    assert begins is not None, "a run that was delivered has told what it is"
+    uri = address(begins["about"]["config"]["tracking"], folder)
     client = MlflowClient(uri, registry_uri=uri)
     parent = client.get_run(run_id).data.tags["mlflow.parentRunId"]
     for path in files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -40,18 +40,20 @@ def open_run(address: str) -> Run:
 
 
 def one_sweep(addresses: Sequence[str]) -> Path | None:
-    """The folder of a sweep; None where these are runs. A sweep is reported by itself."""
-    folders = [path for address in addresses if (path := local_path(address)) is not None and is_sweep(path)]
-    if folders and len(addresses) > 1:
-        raise RunError(f"{folders[0]} is a sweep, whose page already compares its trials: give it alone")
-    return folders[0] if folders else None
+    """The folder of a sweep; None where these are runs."""
+    return _alone(addresses, is_sweep, "a sweep, whose page already compares its trials")
 
 
 def one_comparison(addresses: Sequence[str]) -> Path | None:
-    """The folder of a comparison, which is reported by itself too."""
-    folders = [path for address in addresses if (path := local_path(address)) is not None and is_comparison(path)]
+    """The folder of a comparison; None where these are runs."""
+    return _alone(addresses, is_comparison, "a comparison, whose page already compares its runs")
+
+
+def _alone(addresses: Sequence[str], is_it: Callable[[Path], bool], what: str) -> Path | None:
+    """The folder of what is reported by itself."""
+    folders = [path for address in addresses if (path := local_path(address)) is not None and is_it(path)]
     if folders and len(addresses) > 1:
-        raise RunError(f"{folders[0]} is a comparison, whose page already compares its runs: give it alone")
+        raise RunError(f"{folders[0]} is {what}: give it alone")
     return folders[0] if folders else None
 
 

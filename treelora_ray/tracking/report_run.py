@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from treelora_ray.api import Run
+from treelora_ray.methods.catalogue import METHODS
 from treelora_ray.tracking import figures
 from treelora_ray.tracking.compare import Entry, counted
 from treelora_ray.tracking.figure_data import Data, duration, figure_data
@@ -51,14 +52,6 @@ CAPTIONS = {
 }
 NOT_RECORDED = "not recorded"
 REUSED = ("probe_rounds", "pass_rows", "seconds")  # of `Effort.reused`
-FRESH = ("independent", "joint", "ncm", "sapt")
-# Methods whose adapter goes on from task to task.
-ONE_ADAPTER = ("seqlora", "replay", "ewc", "lwf", "agem", "gem", "ogd", "der++", "tasl")
-PROMPTS = {
-    "l2p": "none: the pool of prompts of the task before",
-    "dualprompt": "none: a new prompt, beside that of all tasks",
-    "hide-prompt": "none: prompts alone",
-}
 
 
 def one_run(run: Run) -> str:
@@ -233,25 +226,8 @@ def _workers(count: int | tuple[int, int]) -> str:
 
 def start_of(method: Mapping[str, Any]) -> str:
     """Where a task's adapter starts from, in words."""
-    if method["name"] == "treelora":
-        observed = method.get("guide", {}).get("observe", "probe" if method["mode"] == "treelora" else "step")
-        start = method["start"] or ("similar" if observed == "probe" else "previous")
-        return {
-            "similar": "layer by layer from related tasks, else fresh",
-            "previous": "the task before",
-            "fresh": "fresh",
-        }[start]
-    if method["name"] == "hide-lora":
-        return {"previous": "the task before", "fresh": "fresh"}[method["start"]]
-    known = dict.fromkeys(FRESH, "fresh") | dict.fromkeys(ONE_ADAPTER, "the task before") | PROMPTS
-    known |= {
-        "slao": "the task before, with the rows of its A made orthonormal",
-        "osf": "none: the weights go on, with the largest singular directions frozen",
-        "sd-lora": "fresh, beside the directions of the tasks before",
-    }
-    if method.get("variant") == "merge_new" or method["name"] in ("o-lora", "inflora"):
-        return "fresh, on weights with the tasks before folded in"
-    return known.get(method["name"], NOT_RECORDED)
+    known = METHODS.get(method["name"])
+    return (known.start_of(method) if known is not None else "") or NOT_RECORDED
 
 
 def _mib(count: int | None) -> str:

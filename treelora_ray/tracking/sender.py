@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from treelora_ray.files import locked, write_atomically
-from treelora_ray.tracking.journal import FILE, read, read_on
+from treelora_ray.tracking.journal import FILE, beginning, read, read_on
 
 CURSOR, LOCK = "tracking.json", ".tracking.lock"
 EVERY = 1.0  # seconds between two batches
@@ -152,7 +152,8 @@ class Delivery:
         if self.sink is None:
             from treelora_ray.tracking.mlflow_sink import Sink
 
-            begins = begins or next(entry for entry in read(self.folder / FILE) if entry["kind"] == "begins")
+            begins = begins or beginning(self.folder / FILE)
+            assert begins is not None, "a run that has told something has told what it is first"
             self.sink = Sink(self.folder, begins, self.cursor["run_id"])
         return self.sink
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import Tensor
 
 from treelora_ray.models.head import Head
 
@@ -67,3 +68,64 @@ def test_rows_of_labels_are_those_of_their_own_task(task: int) -> None:
     head.grow(["b", "a"], MEANS[:2])
     known = [["a", "b"], ["b", "a"]][task]
     assert head.row(task, ["a", "b", "a"], known) == [[0, 1, 0], [3, 2, 3]][task]
+
+
+def far_apart() -> tuple[Tensor, Tensor]:
+    """Means of two tasks far from each other, those of the second nearer together: of their own origins no
+    comparison between tasks comes out."""
+    return MEANS, torch.tensor([[20.0, 21.0], [20.0, 20.5]])
+
+
+def test_classes_of_tasks_that_are_weighed_start_as_one_classifier_of_the_nearest_mean() -> None:
+    head = Head(2)
+    head.common = True
+    for task, means in enumerate(far_apart()):
+        head.grow([f"{task}/{row}" for row in range(len(means))], means)
+    means = torch.cat(far_apart())
+    near = means.repeat_interleave(50, 0)
+    points = near + 0.4 * torch.randn(near.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal((points @ head.weight.T + head.bias).argmax(1), torch.cdist(points, means).argmin(1))
+
+
+def test_they_start_so_again_from_other_features_of_which_the_first_task_gives_the_origin() -> None:
+    head, again = Head(2), Head(2)
+    head.common = again.common = True
+    for task, means in enumerate(far_apart()):
+        head.grow([f"{task}/{row}" for row in range(len(means))], torch.rand(means.shape))
+        head.restart(task, means)
+        again.grow([f"{task}/{row}" for row in range(len(means))], means)
+    assert torch.equal(head.weight, again.weight)
+    assert torch.equal(head.bias, again.bias)
+
+
+def test_a_head_read_back_has_the_origin_of_its_first_task() -> None:
+    head, read = Head(2), Head(2)
+    head.common = read.common = True
+    first, second = far_apart()
+    head.grow(["a", "b", "c"], first)
+    read.load(head.tensors(), head.names, head.rows)
+    for each in (head, read):
+        each.grow(["d", "e"], second)
+    assert torch.equal(head.weight, read.weight)
+    assert torch.equal(head.bias, read.bias)
+
+
+def test_where_tasks_are_not_weighed_a_task_starts_at_a_scale_of_its_own() -> None:
+    apart, alone = Head(2), Head(2)
+    first, second = far_apart()
+    apart.grow(["a", "b", "c"], first)
+    apart.grow(["d", "e"], second)
+    alone.grow(["d", "e"], second)
+    assert torch.equal(apart.weight[3:], alone.weight)
+
+
+def test_a_first_task_whose_classes_lie_together_does_not_set_the_scale_of_all() -> None:
+    close = torch.tensor([[0.0, 0.0], [1e-3, 0.0]])
+    head, sure = Head(2), Head(2)
+    head.common = sure.common = True
+    head.grow(["a", "b"], close, within=4.0)
+    sure.grow(["a", "b"], close)
+    for each in (head, sure):
+        each.grow(["c", "d", "e"], MEANS)
+    assert 1 < float((MEANS @ head.weight[2:].T).abs().max()) < 100
+    assert float((MEANS @ sure.weight[2:].T).abs().max()) > 1e6

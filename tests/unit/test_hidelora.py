@@ -19,6 +19,7 @@ from tests.unit.test_docs import blocks
 from treelora_ray.config import ConfigError, from_mapping
 from treelora_ray.data.rows import MemoryRows
 from treelora_ray.methods import hide
+from treelora_ray.methods.base import Method
 from treelora_ray.methods.hide import Decomposition, contrast
 from treelora_ray.methods.hidelora import HideLora
 from treelora_ray.methods.treelora import TreeLora
@@ -35,6 +36,13 @@ def hidelora(backbone: Path, **options: Any) -> HideLora:
     sections = options.pop("sections", {})
     made = toys.ready(backbone, {**SMALL, **options}, **sections)
     assert isinstance(made, HideLora)
+    return made
+
+
+def independent(backbone: Path) -> Method:
+    """With rows of the head that start as those of hide-lora do."""
+    made = toys.ready(backbone, "independent")
+    made.learner.head.common = True
     return made
 
 
@@ -166,7 +174,7 @@ def test_one_task_is_ordinary_fine_tuning_and_always_inferred(backbone: Path) ->
 
 
 def test_told_the_task_it_is_independent_with_a_classifier_fit_over_all_classes(backbone: Path) -> None:
-    made, plain = hidelora(backbone, **PLAIN), toys.ready(backbone, "independent")
+    made, plain = hidelora(backbone, **PLAIN), independent(backbone)
     assert plain.bank is not None
     toys.learn(plain, 0, 1)
     toys.learn(made, 0, 1)
@@ -191,7 +199,7 @@ def test_told_the_task_it_is_independent_with_a_classifier_fit_over_all_classes(
 
 
 def test_without_epochs_the_classifier_stays_as_trained_and_class_means_say_the_task(backbone: Path) -> None:
-    made, plain = hidelora(backbone, **{**PLAIN, "fit_epochs": 0}), toys.ready(backbone, "independent")
+    made, plain = hidelora(backbone, **{**PLAIN, "fit_epochs": 0}), independent(backbone)
     toys.learn(made, 0, 1)
     toys.learn(plain, 0, 1)
     assert torch.equal(made.learner.head.weight, plain.learner.head.weight)
@@ -309,6 +317,7 @@ def treelora(backbone: Path, **options: Any) -> TreeLora:
 
 def test_around_treelora_it_leaves_the_adapters_as_they_were(backbone: Path) -> None:
     plain, made = treelora(backbone), treelora(backbone, decomposition="hide")
+    plain.learner.head.common = True
     ours, theirs = toys.learn(made, 0, 1, 2), toys.learn(plain, 0, 1, 2)
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
     assert made.bank is not None

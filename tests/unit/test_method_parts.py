@@ -126,3 +126,25 @@ def test_rows_are_drawn_evenly() -> None:
         times[memory.draw(20, 5, f"{seed}/key")] += 1
     spread = (2000 * 0.25 * 0.75) ** 0.5
     assert float((times - 500).abs().max()) < 4 * spread
+
+
+@pytest.mark.parametrize(
+    ("options", "objective", "weighed"),
+    [
+        ("seqlora", {}, False),
+        ("treelora", {}, False),
+        ("seqlora", {"ce_scope": "seen"}, True),
+        ("seqlora", {"routing": "last"}, True),
+        ("joint", {}, True),
+        ("l2p", {}, True),
+        ({"name": "dualprompt", "g_layers": [0], "e_layers": [1]}, {}, True),
+        ("sapt", {}, True),
+        ("hide-lora", {}, True),
+        ({"name": "treelora", "decomposition": "hide"}, {}, True),
+    ],
+)
+def test_the_head_has_one_origin_where_classes_of_different_tasks_are_weighed(
+    backbone: Path, options: Any, objective: dict[str, str], weighed: bool
+) -> None:
+    method = toys.ready(backbone, options, objective=objective)
+    assert method.learner.head.common == weighed

@@ -60,6 +60,7 @@ class Method:
 
     def __init__(self, learner: Learner, options: Options) -> None:  # noqa: ARG002
         self.learner = learner
+        learner.head.common = self.weighs_tasks
         self.bank: AdapterBank | None = None  # adapters of finished tasks, for methods that keep them
 
     @classmethod
@@ -70,6 +71,11 @@ class Method:
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         """Which tasks are learnt together, in order."""
         return [(task,) for task in range(tasks)]
+
+    @property
+    def weighs_tasks(self) -> bool:
+        """Whether classes of different tasks are weighed against each other, in training or for an answer."""
+        return not self.routes or self.learner.config.objective.routing == "last" or not self._current
 
     @property
     def looks_back(self) -> bool:

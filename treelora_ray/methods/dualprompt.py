@@ -83,6 +83,10 @@ class DualPrompt(Prompted):
         self.experts.append(expert)
         self.keys.append(key)
 
+    @property
+    def weighs_tasks(self) -> bool:
+        return True
+
     def route(self, features: Tensor) -> Tensor:
         return nearest(nearness(features, torch.stack(self.keys)), 1)[:, 0]
 

@@ -28,7 +28,7 @@ from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import FitOptions, HideOptions
-from treelora_ray.models.head import nearest_mean
+from treelora_ray.models.head import nearest_mean, origin_of
 from treelora_ray.objectives.base import Batch
 
 MOMENTUM, DECAY = 0.9, 5e-4  # of a head's fit, as in the papers
@@ -185,6 +185,7 @@ class Decomposition:
 
     def __init__(self, method: Method, options: FitOptions) -> None:
         self.method, self.learner, self.options = method, method.learner, options
+        self.learner.head.common = True
         width = self.learner.model.width
         self.frozen, self.trained = Summaries(width), Summaries(width)
         self.inference = torch.zeros(0, width + 1, device=self.learner.device)  # [E, d + 1] weights and bias
@@ -222,7 +223,8 @@ class Decomposition:
         """A class for each entry; from the class means on, so that it depends on the summaries alone."""
 
         def fitted() -> Tensor:
-            weight, bias = (start.float().to(self.learner.device) for start in nearest_mean(self.frozen.centres()))
+            means = self.frozen.centres()
+            weight, bias = (start.float().to(self.learner.device) for start in nearest_mean(means, origin_of(means)))
             return fit(weight, bias, self._drawn(self.frozen, "inference"), self.options)
 
         self.inference = self._told(fitted)

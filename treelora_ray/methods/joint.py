@@ -12,3 +12,7 @@ class Joint(Method):
 
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         return [tuple(range(tasks))] if tasks else []
+
+    @property
+    def weighs_tasks(self) -> bool:
+        return True

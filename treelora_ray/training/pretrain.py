@@ -32,7 +32,7 @@ from treelora_ray.data.split import TEST_SHARE, split_source
 from treelora_ray.data.stream import limited
 from treelora_ray.data.task import Task, columns_of, kind_of, labelled
 from treelora_ray.models.backbone import Model, load_model
-from treelora_ray.models.head import nearest_mean
+from treelora_ray.models.head import nearest_mean, origin_of
 from treelora_ray.models.router import ClassSums
 from treelora_ray.training.errors import RunError
 
@@ -79,7 +79,8 @@ def pretrain(
         model = load_model(ModelConfig(backbone=backbone, max_length=max_length, device=device), kind, seed)
         model.net = net = model.net.unload()  # without adapters: all weights are trained
         head = nn.Linear(model.width, len(task.labels)).to(model.device)
-        weight, bias = nearest_mean(class_means(model, train, task.labels))
+        means = class_means(model, train, task.labels)
+        weight, bias = nearest_mean(means, origin_of(means))
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(bias)

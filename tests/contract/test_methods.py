@@ -200,7 +200,9 @@ def test_every_registered_method_is_in_this_suite() -> None:
 @pytest.mark.parametrize("case", list(WITHOUT))
 def test_u1_coefficients_of_zero_leave_plain_training_bit_for_bit(case: str, tmp_path: Path, backbone: Path) -> None:
     options, plain = WITHOUT[case]
-    one, other = learnt(tmp_path / "a", backbone, options), learnt(tmp_path / "b", backbone, plain)
+    # Where classes of all tasks compete, rows of the head start otherwise: they do so for both then.
+    same: dict[str, Any] = {"objective": {"routing": "last"}} if case == "hide-lora" else {}
+    one, other = learnt(tmp_path / "a", backbone, options, **same), learnt(tmp_path / "b", backbone, plain, **same)
     assert len(one.thetas) == 18
     assert all(torch.equal(a, b) for a, b in zip(one.thetas, other.thetas, strict=True))
     if (one.method.bank is None) == (other.method.bank is None):
@@ -298,7 +300,7 @@ def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, back
         assert worker.scores == alone.scores
         torch.testing.assert_close(worker.learner.head.weight, alone.learner.head.weight, rtol=1e-3, atol=1e-5)
         for own, theirs in zip(alone.thetas, worker.thetas, strict=True):
-            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
 
 
 def everything(made: StreamRun) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, Tensor]]:
@@ -379,7 +381,7 @@ def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
         assert len(worker.thetas) == len(whole.thetas)
         assert worker.scores == whole.scores
         for own, theirs in zip(whole.thetas, worker.thetas, strict=True):
-            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
 
 
 class CrashError(Exception):
@@ -433,11 +435,13 @@ def test_u6_answers_do_not_depend_on_the_batch(variant: str, tmp_path: Path, bac
     rows = toys.images(1, 40, 7)
     order = np.random.default_rng(0).permutation(len(rows))
 
-    def answers(batch: int, places: np.ndarray) -> list[str]:
+    def answers(batch: int, places: np.ndarray) -> list[tuple[str, int]]:
         made.learner.config = toys.answering_by(batch, made.config)
-        found = Evaluator(made.method)
+        evaluator = Evaluator(made.method)
         taken = MemoryRows(rows.take(places))
-        return found.answer(taken, found.routes(taken)).text
+        found = evaluator.answer(taken, evaluator.routes(taken))
+        assert found.row is not None
+        return list(zip(found.text, found.row.tolist(), strict=True))
 
     expected = answers(64, np.arange(len(rows)))
     assert answers(1, np.arange(len(rows))) == expected

@@ -17,6 +17,7 @@ from treelora_ray.data.task import Task
 from treelora_ray.methods.l2p import L2p
 from treelora_ray.methods.prompted import nearest, nearness
 from treelora_ray.models.backbone import backbone_digest
+from treelora_ray.models.head import log_shares
 from treelora_ray.training.loop import begin_task
 
 SMALL: dict[str, Any] = {"name": "l2p", "pool": 6, "length": 2, "top_k": 2, "spread": 0.5}
@@ -155,8 +156,8 @@ def test_a_pool_of_one_is_prompt_tuning(backbone: Path) -> None:
 def test_new_rows_of_the_head_start_at_means_of_what_prompts_say(backbone: Path) -> None:
     made = l2p(backbone)
     begin_task(made, (0,))
-    means = made.learner.class_sums(0).means
-    found = means @ made.learner.head.weight.double().T + made.learner.head.bias
+    sums = made.learner.class_sums(0)
+    found = sums.means @ made.learner.head.weight.double().T + made.learner.head.bias - log_shares(sums.counts)
     assert found.argmax(1).tolist() == [0, 1]
     torch.testing.assert_close(found[0, 0] - found[0, 1], found[1, 1] - found[1, 0], rtol=1e-2, atol=1e-2)
 

@@ -135,7 +135,9 @@ def test_rows_are_drawn_evenly() -> None:
         ("treelora", {}, False),
         ("seqlora", {"ce_scope": "seen"}, True),
         ("seqlora", {"routing": "last"}, True),
-        ("joint", {}, True),
+        ("joint", {}, False),
+        ("joint", {"routing": "last"}, True),
+        ({"name": "joint", "classes": "all"}, {}, True),
         ("l2p", {}, True),
         ({"name": "dualprompt", "g_layers": [0], "e_layers": [1]}, {}, True),
         ("sapt", {}, True),
@@ -148,3 +150,31 @@ def test_the_head_has_one_origin_where_classes_of_different_tasks_are_weighed(
 ) -> None:
     method = toys.ready(backbone, options, objective=objective)
     assert method.learner.head.common == weighed
+
+
+@pytest.mark.parametrize(
+    ("options", "objective", "apart"),
+    [
+        ({}, {}, True),
+        ({}, {"routing": "oracle"}, True),
+        ({}, {"routing": "last"}, False),
+        ({}, {"ce_scope": "seen"}, False),
+        ({"classes": "all"}, {}, False),
+        ({"classes": "own"}, {"routing": "last"}, True),
+    ],
+)
+def test_joint_weighs_in_training_the_classes_that_are_weighed_for_an_answer(
+    backbone: Path, options: dict[str, str], objective: dict[str, str], apart: bool
+) -> None:
+    method = toys.ready(backbone, {"name": "joint", **options}, objective=objective)
+    begin_task(method, (0, 1, 2))
+    learner = method.learner
+    _, said = learner.objective.loss(batch := learner.fetch([(0, 0), (2, 1)]))
+    chances = said["logits"].softmax(-1) if batch.allowed is None else None
+    if apart:
+        assert batch.allowed is not None
+        assert [row.nonzero().flatten().tolist() for row in batch.allowed] == [[0, 1], [4, 5]]
+    else:
+        assert chances is not None
+        assert (chances > 0).all()
+        assert chances.shape == (2, 6)

@@ -48,7 +48,15 @@ class Row:
 
 def read_rows(text: str, fitting: Sequence[str]) -> list[Row]:
     """Rows of a list or of a YAML file. `fitting`: the methods that learn the stream, for `all`."""
-    rows = _of_file(Path(text)) if text.endswith((".yaml", ".yml")) else list(_of_list(text, fitting))
+    return _of_file(Path(text)) if text.endswith((".yaml", ".yml")) else _checked(list(_of_list(text, fitting)))
+
+
+def rows_of(given: Mapping[str, Any], place: Path) -> list[Row]:
+    """Rows that stand in a file of something larger, by their labels."""
+    return _checked([_of_mapping(str(label), {} if value is None else value, place) for label, value in given.items()])
+
+
+def _checked(rows: list[Row]) -> list[Row]:
     wrong = [problem for row in rows for problem in _problems(row)]
     for attribute in ("label", "slug"):
         names = [getattr(row, attribute) for row in rows]
@@ -100,7 +108,7 @@ def _of_file(path: Path) -> list[Row]:
             f"{path} must hold rows, each a label with its settings, like `routed: {{method: seqlora}}`; it holds "
             f"{type(found).__name__}"
         )
-    return [_of_mapping(str(label), {} if value is None else value, path) for label, value in found.items()]
+    return rows_of(found, path)
 
 
 def _of_mapping(label: str, value: Any, path: Path) -> Row:

@@ -28,7 +28,7 @@ from treelora_ray.methods import memory
 from treelora_ray.methods.base import Method
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import FitOptions, HideOptions
-from treelora_ray.models.head import nearest_mean, origin_of
+from treelora_ray.models.head import nearest_mean, origin_of_means
 from treelora_ray.objectives.base import Batch
 
 MOMENTUM, DECAY = 0.9, 5e-4  # of a head's fit, as in the papers
@@ -224,7 +224,9 @@ class Decomposition:
 
         def fitted() -> Tensor:
             means = self.frozen.centres()
-            weight, bias = (start.float().to(self.learner.device) for start in nearest_mean(means, origin_of(means)))
+            weight, bias = (
+                start.float().to(self.learner.device) for start in nearest_mean(means, origin_of_means(means))
+            )
             return fit(weight, bias, self._drawn(self.frozen, "inference"), self.options)
 
         self.inference = self._told(fitted)

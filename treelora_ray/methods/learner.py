@@ -276,7 +276,7 @@ class Learner:
         self.router.add(task, sums)
         self.means[task] = sums.means.float()
         if data.labels:
-            self.head.grow(data.labels, sums.means, sums.within)
+            self.head.grow(data.labels, sums)
 
     def _statistics(self, task: int) -> ClassSums:
         """Of the frozen features of all training rows: the same with every method, adapter and tasks before."""
@@ -348,7 +348,7 @@ class Learner:
                 sums = self._sums(task, sorted({row for other, row in refs if other == task}), self.features)
                 if not bool((sums.counts > 0).all()):
                     sums = self._sums(task, range(len(self.tasks[task].train)), self.features)
-                self.head.restart(task, sums.means, sums.within)
+                self.head.restart(task, sums)
         if self.rows:
             with torch.no_grad():
                 self.head_parameter.copy_(self.head.take(self.rows))

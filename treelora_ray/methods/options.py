@@ -28,7 +28,11 @@ class IndependentOptions(Options):
 
 
 class JointOptions(Options):
-    """One adapter on all tasks at once: the bound that a stream is measured against."""
+    """One adapter on all tasks at once: no continual learning, but the bound that others are measured against."""
+
+    classes: Literal["own", "all"] | None = None
+    """Classes that compete in training: those of a row's own task, or of all tasks. Left out: as for an answer, own
+    where its task is inferred or told, all with `routing: last`; and all with `ce_scope: seen`."""
 
 
 class ReplayOptions(Options):

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LEAST = 0.1  # share of all variance that classes are taken to make of it, at least, where all tasks have one origin
+from treelora_ray.models.router import ClassSums
+
+SUREST = 4.0  # mean square distance of class means from their mean, in variances within classes, that counts at most
 
 
 class Head:
@@ -28,10 +30,9 @@ class Head:
     def __len__(self) -> int:
         return len(self.names)
 
-    def grow(self, labels: Sequence[str], means: Tensor, within: float = 0.0) -> None:
-        """Adds a task's classes; new rows start at the class means [C_t, d] of its frozen features, around which these
-        lie at the mean square distance `within`."""
-        weight, bias = self._start(means, within, first=not self.rows)
+    def grow(self, labels: Sequence[str], sums: ClassSums) -> None:
+        """Adds a task's classes; `sums`: of its frozen features."""
+        weight, bias = self._start(sums)
         rows = []
         for number, label in enumerate(labels):
             if self.share_labels and label in self.names:
@@ -56,22 +57,25 @@ class Head:
         """The rows of all tasks, ascending."""
         return self.of_tasks(range(len(self.rows)))
 
-    def restart(self, task: int, means: Tensor, within: float = 0.0) -> None:
+    def restart(self, task: int, sums: ClassSums) -> None:
         """A task's rows start again, from features that its adapter has changed."""
         index = torch.tensor(self.rows[task], device=self.weight.device)
-        weight, bias = self._start(means, within, first=len(self.rows) == 1)
+        if self.origin is not None and len(self.rows) == 1:  # where features are now, all is said in small numbers
+            self.origin = torch.cat([origin_of(sums)[:-1], self.origin[-1:]])
+        weight, bias = self._start(sums)
         self.weight[index], self.bias[index] = weight.to(self.weight), bias.to(self.bias)
 
-    def _start(self, means: Tensor, within: float, first: bool) -> tuple[Tensor, Tensor]:
+    def _start(self, sums: ClassSums) -> tuple[Tensor, Tensor]:
         """Rows of a task's classes: of the nearest mean in the task, or, with one origin for all, in all tasks.
 
         What the classes of one task have in common its own loss never sees, so that training leaves it as it is.
         """
         if not self.common:
-            return nearest_mean(means, origin_of(means))
-        if self.origin is None or first:
-            self.origin = origin_of(means, within)
-        return nearest_mean(means, self.origin)
+            origin = origin_of(sums)
+        else:
+            origin = self.origin = origin_of(sums) if self.origin is None else self.origin
+        weight, bias = nearest_mean(sums.means, origin)
+        return weight, bias + log_shares(sums.counts)
 
     def take(self, rows: Sequence[int]) -> Tensor:
         """[n (d + 1)] weights, then biases, of some rows."""
@@ -98,17 +102,28 @@ class Head:
         self.names, self.rows = list(names), [list(part) for part in rows]
 
 
-def origin_of(means: Tensor, within: float = 0.0) -> Tensor:
-    """[d + 1] the mean m of class means [C, d], and the scale `a` that makes the mean of |mu_c - m|^2 count as 4.
+def origin_of(sums: ClassSums) -> Tensor:
+    """[d + 1] the mean m of class means mu_c, and the scale `a` at which distances from them tell how likely each is.
 
-    It counts as less where it is less than a tenth of all variance: a first task whose classes lie together must not
-    set a scale at which classes of later tasks shout each other down.
+    1 / a is the variance within classes along the directions in which their means differ, as if it were the same along
+    all of these. Of rows that lie further apart than SUREST the head is no surer: few rows may do so by chance.
     """
+    there = sums.counts > 0
+    means = sums.means[there]
+    centre = means.mean(0)
+    away = means - centre
+    between = away.square().sum(-1).mean()
+    along = ((away @ sums.scatter()) * away).sum(-1).mean() / sums.counts.sum()  # variance within, times `between`
+    variance = torch.maximum(along / between, between / SUREST)
+    return torch.cat([centre, torch.where(between > 0, 1 / variance, 0.0).reshape(1)])
+
+
+def origin_of_means(means: Tensor) -> Tensor:
+    """The same where nothing is known but the means [C, d]: of rows that lie so far apart that it is at its surest."""
     exact = means.double()
     centre = exact.mean(0)
     between = (exact - centre).square().sum(-1).mean()
-    spread = torch.maximum(between, LEAST * (between + within))
-    return torch.cat([centre, torch.where(spread > 0, 4 / spread, 0.0).reshape(1)])
+    return torch.cat([centre, torch.where(between > 0, SUREST / between, 0.0).reshape(1)])
 
 
 def nearest_mean(means: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,3 +135,9 @@ def nearest_mean(means: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     away = exact - centre
     weight = away * scale
     return weight, -(weight * (centre + away / 2)).sum(-1)
+
+
+def log_shares(counts: Tensor) -> Tensor:
+    """[C] log of how often each class is, of counts [C]; one more row of each is taken to be there."""
+    more = counts.double() + 1
+    return (more / more.sum()).log()

@@ -53,12 +53,6 @@ class ClassSums:
         means = self.means
         return self.products - (means * self.counts.unsqueeze(-1)).T @ means
 
-    @property
-    def within(self) -> float:
-        """Mean square distance of a row from the mean of its class."""
-        squares = self.products.diagonal().sum() - (self.means * self.sums).sum()
-        return float((squares / self.counts.sum().clamp(min=1)).clamp(min=0))
-
 
 class Router:
     def __init__(

@@ -32,7 +32,7 @@ from treelora_ray.data.split import TEST_SHARE, split_source
 from treelora_ray.data.stream import limited
 from treelora_ray.data.task import Task, columns_of, kind_of, labelled
 from treelora_ray.models.backbone import Model, load_model
-from treelora_ray.models.head import nearest_mean, origin_of
+from treelora_ray.models.head import nearest_mean, origin_of_means
 from treelora_ray.models.router import ClassSums
 from treelora_ray.training.errors import RunError
 
@@ -80,7 +80,7 @@ def pretrain(
         model.net = net = model.net.unload()  # without adapters: all weights are trained
         head = nn.Linear(model.width, len(task.labels)).to(model.device)
         means = class_means(model, train, task.labels)
-        weight, bias = nearest_mean(means, origin_of(means))
+        weight, bias = nearest_mean(means, origin_of_means(means))
         with torch.no_grad():
             head.weight.copy_(weight)
             head.bias.copy_(bias)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint types test test-slow golden format bench clean
+.PHONY: help setup demo reproduce lint types test test-slow golden format bench clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 14
@@ -30,6 +30,10 @@ demo: $(STAMP)  ## Learn the built-in stream with treelora and with seqlora, on 
 	$(BIN)/treelora train seqlora name=demo-seqlora $(DEMO)
 	@echo
 	@echo "treelora learnt the stream with an adapter a task, seqlora with one adapter for all and no routing."
+
+reproduce: $(STAMP)  ## Learn the short text table again, and say how it compares; DATA=folder with the text tasks
+	@test -n "$(DATA)" || { echo "give the folder with the text tasks: make reproduce DATA=..." >&2; exit 1; }
+	$(BIN)/python pipelines/reproduce/table.py text-short --data "$(DATA)" --again
 
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check

@@ -1,0 +1,78 @@
+"""Learns what a result table lacks, and writes it into docs/results.
+
+    python pipelines/reproduce/table.py NAME [--data DIR] [--seeds 0 1] [--rows treelora seqlora] [--jobs 2]
+
+NAME is a file of pipelines/reproduce/tables; --data the folder with the text tasks, where the table needs it. A cell is
+one row with one seed: once it is learnt, a small JSON file in docs/results/cells keeps it, and it is not learnt again
+while code, config, data and backbone are what they were. What is broken off goes on with the same command. --any-code
+takes cells of other code too; --again learns those that are there, and says how they compare; --dry only says what is
+missing, and writes what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # to be run as a file, too
+
+from benchmarks.cells import Table, kept, learn, read_table  # noqa: E402
+from treelora_ray.tracking import comparison_table, figures  # noqa: E402
+from treelora_ray.tracking.comparison_data import Found  # noqa: E402
+from treelora_ray.tracking.comparison_report import all_figures, sentence  # noqa: E402
+
+TABLES = Path(__file__).resolve().parent / "tables"
+RESULTS = ROOT / "docs" / "results"
+
+
+def write(table: Table, found: Found, results: Path = RESULTS) -> Path:
+    """The table's page with its figures."""
+    drawn = figures.write(figures.draw(all_figures(found)), results / "figures" / table.name)
+    pictures = [f"![{path.stem}](figures/{table.name}/{path.name})" for path in drawn if path.suffix == ".png"]
+    data = " --data DIR" if any(cell.config.stream.path for cell in table.cells) else ""
+    commits = sorted({str(run.result["commit"])[:7] for group in found.compared.groups for run in group.runs}) \
+        if found.compared else []  # fmt: skip
+    packages: dict[str, str] = (
+        next((group.runs[0].result["packages"] for group in found.compared.groups), {}) if found.compared else {}
+    )
+    text = [
+        f"# {table.title}",
+        sentence(found),
+        f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
+        comparison_table.markdown(found),
+        *pictures,
+        f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
+    ]
+    path = results / f"{table.name}.md"
+    path.write_text("\n\n".join(part.strip() for part in text) + "\n")
+    (results / f"{table.name}.csv").write_text(comparison_table.as_csv(found))
+    return path
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(path.stem for path in TABLES.glob("*.yaml")))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[])
+    parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "reproduce", help="where runs lie while they last")
+    parser.add_argument("--any-code", action="store_true")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--dry", action="store_true")
+    options = parser.parse_args(given)
+    path = TABLES / f"{options.name}.yaml"
+    asked = read_table(path, options.data, options.seeds, options.rows)
+    if not options.dry:
+        learn(asked, options.work, options.jobs, options.any_code, options.again)
+    whole = read_table(path, options.data)
+    found = kept(whole, options.any_code)
+    if options.dry:
+        print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
+    print(f"written: {write(whole, found)}")
+
+
+if __name__ == "__main__":
+    main()

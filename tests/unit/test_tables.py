@@ -1,0 +1,119 @@
+"""Result tables: what their files say, which cell counts, and that what is kept is not learnt again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks import cells
+from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table
+from pipelines.reproduce import table as command
+from treelora_ray.config import with_values
+from treelora_ray.tracking.comparison_table import markdown
+
+FILES = sorted((ROOT / "pipelines" / "reproduce" / "tables").glob("*.yaml"))
+TINY: dict[str, Any] = {
+    "title": "Two tasks",
+    "preset": "quickstart",
+    "settings": {"stream.tasks": 2, "stream.rows": 40, "stream.test_rows": 20, "train.steps": 2, "train.batch": 8},
+    "seeds": [0],
+    "rows": {"independent": None, "weak": {"method": "treelora", "method.lambda": 0.01}},
+}
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_table_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells, "encoder", lambda: "encoder")
+    found = read_table(path, tmp_path)
+    assert found.title
+    assert len({cell.id for cell in found.cells}) == len(found.rows) * len(found.seeds)
+
+
+def test_a_table_that_needs_data_says_so() -> None:
+    path = next(path for path in FILES if path.stem.startswith("text"))
+    with pytest.raises(SystemExit, match="give their folder"):
+        read_table(path, None)
+
+
+def test_rows_that_are_not_there_are_refused_by_name(table: Path) -> None:
+    with pytest.raises(SystemExit, match="tiny has no rows strong: it has independent, weak"):
+        read_table(table, None, only=["strong"])
+
+
+def test_a_cell_is_told_by_settings_data_backbone_and_code_and_by_no_place(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_table(table, None).cells[0].config
+    first = identity(config)
+    assert identity(with_values(config, {"folder": "elsewhere", "name": "other", "cluster.workers": 2}, "")) == first
+    assert identity(with_values(config, {"train.lr": 0.5}, ""))["config"] != first["config"]
+    assert identity(with_values(config, {"stream.rows": 39}, ""))["data"] != first["data"]
+    monkeypatch.setattr(cells, "code", lambda: {"sources": "others"})
+    assert identity(config)["code"] != first["code"]
+
+
+def test_a_folder_of_a_backbone_is_known_by_its_files(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights" if name != "three" else "others")
+    one, two, three = (cells._backbone(str(tmp_path / name)) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+def filled(table: Table, cell: Cell, op: float) -> None:
+    """A cell as if it had been learnt."""
+    effort = {"seconds": {"train": 1.0}, "steps": 4, "pass_rows": 80, "probe_rounds": 0, "queries": 0}
+    result = {
+        "finished": True,
+        "tasks": ["a", "b"],
+        "matrix": [[op, op]],
+        "metrics": {"op": op},
+        "records": [{"unit": 0, "tasks": [0, 1], "scores": [op, op], "effort": effort}],
+        "commit": "abc",
+        "packages": {"torch": "0"},
+    }
+    own = {"row": cell.row, "seed": cell.seed, "at_once": 1, "kept": {"memory": 1, "stored": 1}}
+    found = {**own, "identity": identity(cell.config), "result": result}
+    table.folder.mkdir(parents=True, exist_ok=True)
+    (table.folder / f"{cell.id}.json").write_text(json.dumps(found))
+
+
+def test_what_is_there_is_not_learnt_again(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, said = read_table(table, None), list[str]()
+    for number, cell in enumerate(whole.cells):
+        filled(whole, cell, 50.0 + number)
+    found = learn(whole, tmp_path / "work", say=said.append)
+    assert said == ["tiny: 0 of 2 cells to learn"]
+    assert "| independent | 1 | 50.0 |" in markdown(found)
+    monkeypatch.setattr(cells, "code", lambda: {"sources": "others"})
+    assert [read_cell(whole, cell) for cell in whole.cells] == [None, None]
+    assert all(read_cell(whole, cell, any_code=True) for cell in whole.cells)
+    assert "1 of 2" not in markdown(kept(whole, any_code=True))
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_learnt_and_kept_small(table: Path, tmp_path: Path) -> None:
+    whole = read_table(table, None)
+    found = learn(whole, tmp_path / "work", jobs=2, say=lambda _: None)
+    assert [cell["state"] for cell in found.cells] == ["finished", "finished"]
+    files = sorted(whole.folder.glob("*.json"))
+    assert [path.stem for path in files] == ["independent-s0", "weak-s0"]
+    assert all(path.stat().st_size < 20_000 for path in files)
+    assert str(tmp_path) not in "".join(path.read_text() for path in files)
+    page = command.write(whole, found, tmp_path)
+    assert "python pipelines/reproduce/table.py tiny" in page.read_text()
+    for line in page.read_text().splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.split("(")[1].rstrip(")")).is_file()

@@ -159,10 +159,22 @@ def read_cell(table: Table, cell: Cell, any_code: bool = False) -> dict[str, Any
 # -- learning
 
 
-def learn(table: Table, work: Path, jobs: int = 2, any_code: bool = False, say: Callable[[str], None] = print) -> Found:
-    """Runs lie below `work`, where cells that were broken off go on."""
-    done = {cell.id: read_cell(table, cell, any_code) for cell in table.cells}
-    left = [cell for cell in table.cells if done[cell.id] is None]
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def learn(
+    table: Table,
+    work: Path,
+    jobs: int = 2,
+    *,
+    any_code: bool = False,
+    again: bool = False,
+    say: Callable[[str], None] = _tell,
+) -> Found:
+    """Runs lie below `work`, where cells that were broken off go on. `again`: learns what is there, too, and says how
+    it compares."""
+    left = [cell for cell in table.cells if again or read_cell(table, cell, any_code) is None]
     say(f"{table.name}: {len(left)} of {len(table.cells)} cells to learn")
     failed: dict[str, str] = {}
     folder = (work / table.name).absolute()

@@ -27,10 +27,14 @@ TABLES = Path(__file__).resolve().parent / "tables"
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(table: Table, found: Found, results: Path = RESULTS) -> Path:
+def write(table: Table, found: Found, results: Path) -> Path:
     """The table's page with its figures."""
-    drawn = figures.write(figures.draw(all_figures(found)), results / "figures" / table.name)
-    pictures = [f"![{path.stem}](figures/{table.name}/{path.name})" for path in drawn if path.suffix == ".png"]
+    folder = results / "figures" / table.name
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, drawn in figures.draw(all_figures(found)).items():
+        figures.save(drawn, folder / f"{name}.png", "png")
+        pictures.append(f"![{name}](figures/{table.name}/{name}.png)")
     data = " --data DIR" if any(cell.config.stream.path for cell in table.cells) else ""
     commits = sorted({str(run.result["commit"])[:7] for group in found.compared.groups for run in group.runs}) \
         if found.compared else []  # fmt: skip
@@ -66,12 +70,12 @@ def main(given: list[str] | None = None) -> None:
     path = TABLES / f"{options.name}.yaml"
     asked = read_table(path, options.data, options.seeds, options.rows)
     if not options.dry:
-        learn(asked, options.work, options.jobs, options.any_code, options.again)
+        learn(asked, options.work, options.jobs, any_code=options.any_code, again=options.again)
     whole = read_table(path, options.data)
     found = kept(whole, options.any_code)
     if options.dry:
         print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
-    print(f"written: {write(whole, found)}")
+    print(f"written: {write(whole, found, RESULTS)}")
 
 
 if __name__ == "__main__":

@@ -117,3 +117,23 @@ def test_what_is_missing_is_learnt_and_kept_small(table: Path, tmp_path: Path) -
     for line in page.read_text().splitlines():
         if line.startswith("!["):
             assert (tmp_path / line.split("(")[1].rstrip(")")).is_file()
+
+
+@pytest.mark.slow
+def test_the_command_learns_again_says_how_it_compares_and_writes_the_page(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = read_table(table, None)
+    filled(whole, whole.cells[0], 12.5)
+    for name, place in (("TABLES", table.parent), ("RESULTS", tmp_path)):
+        monkeypatch.setattr(command, name, place)
+    given = ["tiny", "--rows", "independent", "--jobs", "1", "--work", str(tmp_path / "work")]
+    command.main(given)
+    assert "tiny: 0 of 1 cells to learn" in capsys.readouterr().out
+    command.main([*given, "--again"])
+    said = capsys.readouterr().out
+    assert "tiny: 1 of 1 cells to learn" in said
+    assert ", before 12.5% (" in said
+    command.main(["tiny", "--dry"])
+    assert "missing: weak-s0" in capsys.readouterr().out
+    assert (tmp_path / "tiny.md").is_file()

@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "released": {"mode": "released"},
     "seqlora": {"name": "seqlora"},
     "ewc": {"name": "ewc"},
-    "derpp": {"name": "der++", "memory": 9, "replay_batch": 4},
+    "derpp": {"name": "der++", "memory": 9, "replay_batch": 8},
     "hide": {"name": "hide-lora", "contrast": 0.1, "centroids": 2, "samples": 16, "fit_epochs": 3},
 }
 

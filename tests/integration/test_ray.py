@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def test_one_worker_learns_what_one_process_does_to_the_bit_and_two_within_round
         assert local.keys() == one.keys() == two.keys(), name
         for key, value in local.items():
             assert torch.equal(value, one[key]), (name, key)
-            torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-5, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                value, two[key], rtol=1e-3, atol=1e-5, msg=partial("{} {}: {}".format, name, key)
+            )
 
 
 @pytest.mark.usefixtures("cluster")

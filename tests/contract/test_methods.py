@@ -536,7 +536,7 @@ def test_a_mistyped_hook_is_refused() -> None:
             def before_tsk(self) -> None: ...
 
 
-LOOKED_AT = ("seqlora", "treelora", "sapt", "l2p")  # whose models answer in ways of their own; all others are slow
+LOOKED_AT = ("seqlora", "treelora", "sapt", "l2p", "dualprompt", "hide-prompt")  # that answer in ways of their own
 
 
 @pytest.mark.parametrize(

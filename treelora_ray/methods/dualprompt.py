@@ -65,7 +65,7 @@ class DualPrompt(Prompted):
 
     def inserted(self, inputs: Inputs) -> Inserted:
         self.pull = None
-        if self.task is not None:
+        if self.task is not None and self.task < len(self.experts):  # else it is in training, and looked at
             return self._prefixes(self.shared, self.experts[self.task])
         shared, expert, key = self.parts()
         if self.options.beta and torch.is_grad_enabled():

@@ -42,7 +42,8 @@ class HidePrompt(Prompted, Hide):
         return self.drawn(f"hide-prompt/{self.learner.unit_name}", self.shape, self.spread)
 
     def inserted(self, inputs: Inputs) -> Inserted:  # noqa: ARG002
-        values = self.learner.own_parameter if self.task is None else self.prompts[self.task]
+        learnt = self.task is not None and self.task < len(self.prompts)  # else it is in training, and may be looked at
+        values = self.prompts[self.task or 0] if learnt else self.learner.own_parameter
         return Inserted(prefixes=prefixes(self.layers, values.view(self.shape)))
 
     def values_trained(self) -> Tensor:

@@ -144,6 +144,11 @@ WITHOUT = {
 }
 
 
+# Classes of all tasks are weighed, and the toy tasks lie far apart: rows of the head are large, and long steps would
+# make of rounding more than what is looked for.
+CALM: dict[str, dict[str, Any]] = {name: {"train": {"lr": 1e-3}} for name in ("l2p", "treelora-hide")}
+
+
 class Recorder(StreamRun):
     """Keeps theta after every step."""
 
@@ -293,14 +298,15 @@ def by_workers(count: int, folder: Path, backbone: Path, options: Options, **key
 
 @ALL
 def test_u4_several_workers_learn_as_one_does(variant: str, tmp_path: Path, backbone: Path) -> None:
-    alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2)
-    workers = by_workers(4, tmp_path / "four", backbone, VARIANTS[variant], tasks=2)
+    calm = CALM.get(variant, {})
+    alone = learnt(tmp_path / "alone", backbone, VARIANTS[variant], tasks=2, **calm)
+    workers = by_workers(4, tmp_path / "four", backbone, VARIANTS[variant], tasks=2, **calm)
     assert [len(worker.thetas) for worker in workers] == [6 * min(2, TRAINED.get(variant, 2))] * 4
     for worker in workers:
         assert worker.scores == alone.scores
         torch.testing.assert_close(worker.learner.head.weight, alone.learner.head.weight, rtol=1e-3, atol=1e-5)
         for own, theirs in zip(alone.thetas, worker.thetas, strict=True):
-            torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 
 
 def everything(made: StreamRun) -> tuple[dict[str, Tensor], dict[str, Any], dict[int, Tensor]]:
@@ -381,7 +387,7 @@ def test_of_language_models_too_workers_learn_as_one_and_a_stop_changes_nothing(
         assert len(worker.thetas) == len(whole.thetas)
         assert worker.scores == whole.scores
         for own, theirs in zip(whole.thetas, worker.thetas, strict=True):
-            torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(own, theirs, rtol=0, atol=1e-5)
 
 
 class CrashError(Exception):
@@ -431,17 +437,15 @@ def test_u5_a_crash_between_checkpoints_changes_nothing(
 
 @EACH
 def test_u6_answers_do_not_depend_on_the_batch(variant: str, tmp_path: Path, backbone: Path) -> None:
-    made = learnt(tmp_path, backbone, VARIANTS[variant])
+    made = learnt(tmp_path, backbone, VARIANTS[variant], **CALM.get(variant, {}))
     rows = toys.images(1, 40, 7)
     order = np.random.default_rng(0).permutation(len(rows))
 
-    def answers(batch: int, places: np.ndarray) -> list[tuple[str, int]]:
+    def answers(batch: int, places: np.ndarray) -> list[str]:
         made.learner.config = toys.answering_by(batch, made.config)
-        evaluator = Evaluator(made.method)
+        found = Evaluator(made.method)
         taken = MemoryRows(rows.take(places))
-        found = evaluator.answer(taken, evaluator.routes(taken))
-        assert found.row is not None
-        return list(zip(found.text, found.row.tolist(), strict=True))
+        return found.answer(taken, found.routes(taken)).text
 
     expected = answers(64, np.arange(len(rows)))
     assert answers(1, np.arange(len(rows))) == expected

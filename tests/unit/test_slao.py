@@ -239,7 +239,6 @@ def test_within_a_task_the_merged_pair_of_the_tasks_before_answers(backbone: Pat
 def test_how_far_a_task_turned_what_a_reads_is_said(learnt: Learnt) -> None:
     made = learnt.made
     for task, report in enumerate(learnt.reports):
-        assert max(report["turned"].values()) > 0.1
         for (a, _), (a_end, _), degrees in zip(
             factors(made, learnt.starts[task]).values(),
             factors(made, learnt.ends[task]).values(),
@@ -248,7 +247,7 @@ def test_how_far_a_task_turned_what_a_reads_is_said(learnt: Learnt) -> None:
         ):
             worst = torch.linalg.svdvals(torch.linalg.qr(a.T).Q.T @ torch.linalg.qr(a_end.T).Q).min()
             assert degrees == pytest.approx(math.degrees(math.acos(float(worst))), abs=0.1)
-            assert 0 <= degrees <= 90
+            assert 0.1 < degrees <= 90
     plane = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
     tilted = torch.tensor([[1.0, 0, 0], [5.0, 1, 1]])
     assert largest_angle(plane, tilted) == pytest.approx(45, abs=1e-4)

@@ -31,9 +31,10 @@ demo: $(STAMP)  ## Learn the built-in stream with treelora and with seqlora, on 
 	@echo
 	@echo "treelora learnt the stream with an adapter a task, seqlora with one adapter for all and no routing."
 
-reproduce: $(STAMP)  ## Learn the short text table again, and say how it compares; DATA=folder with the text tasks
+reproduce: $(STAMP)  ## Learn four rows of table text-7a again, and say how they compare; DATA=folder with the text tasks
 	@test -n "$(DATA)" || { echo "give the folder with the text tasks: make reproduce DATA=..." >&2; exit 1; }
-	$(BIN)/python pipelines/reproduce/table.py text-short --data "$(DATA)" --again
+	$(BIN)/python pipelines/reproduce/table.py text-7a --data "$(DATA)" --again --seeds 0 \
+		--rows treelora independent "seqlora routed" seqlora
 
 lint: $(STAMP)  ## Check style and format
 	$(BIN)/ruff check

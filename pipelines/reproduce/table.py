@@ -36,11 +36,9 @@ def write(table: Table, found: Found, results: Path) -> Path:
         figures.save(drawn, folder / f"{name}.png", "png")
         pictures.append(f"![{name}](figures/{table.name}/{name}.png)")
     data = " --data DIR" if any(cell.config.stream.path for cell in table.cells) else ""
-    commits = sorted({str(run.result["commit"])[:7] for group in found.compared.groups for run in group.runs}) \
-        if found.compared else []  # fmt: skip
-    packages: dict[str, str] = (
-        next((group.runs[0].result["packages"] for group in found.compared.groups), {}) if found.compared else {}
-    )
+    results_of = [run.result for group in (found.compared.groups if found.compared else []) for run in group.runs]
+    commits = sorted({str(result["commit"])[:7] for result in results_of})
+    packages = results_of[0]["packages"] if results_of else {}
     text = [
         f"# {table.title}",
         sentence(found),
@@ -69,10 +67,11 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     path = TABLES / f"{options.name}.yaml"
     asked = read_table(path, options.data, options.seeds, options.rows)
+    failed = {}
     if not options.dry:
-        learn(asked, options.work, options.jobs, any_code=options.any_code, again=options.again)
+        failed = learn(asked, options.work, options.jobs, any_code=options.any_code, again=options.again)
     whole = read_table(path, options.data)
-    found = kept(whole, options.any_code)
+    found = kept(whole, options.any_code, failed)
     if options.dry:
         print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
     print(f"written: {write(whole, found, RESULTS)}")

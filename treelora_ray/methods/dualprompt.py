@@ -63,9 +63,13 @@ class DualPrompt(Prompted):
         shared, expert, key = self.learner.own_parameter.split(sizes)
         return shared.view(self.shapes[0]), expert.view(self.shapes[1]), key
 
+    @property
+    def finished(self) -> int:
+        return len(self.experts)
+
     def inserted(self, inputs: Inputs) -> Inserted:
         self.pull = None
-        if self.task is not None and self.task < len(self.experts):  # else it is in training, and looked at
+        if self.task is not None:
             return self._prefixes(self.shared, self.experts[self.task])
         shared, expert, key = self.parts()
         if self.options.beta and torch.is_grad_enabled():

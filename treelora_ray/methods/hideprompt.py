@@ -41,9 +41,12 @@ class HidePrompt(Prompted, Hide):
             return self.prompts[-1]
         return self.drawn(f"hide-prompt/{self.learner.unit_name}", self.shape, self.spread)
 
+    @property
+    def finished(self) -> int:
+        return len(self.prompts)
+
     def inserted(self, inputs: Inputs) -> Inserted:  # noqa: ARG002
-        learnt = self.task is not None and self.task < len(self.prompts)  # else it is in training, and may be looked at
-        values = self.prompts[self.task or 0] if learnt else self.learner.own_parameter
+        values = self.learner.own_parameter if self.task is None else self.prompts[self.task]
         return Inserted(prefixes=prefixes(self.layers, values.view(self.shape)))
 
     def values_trained(self) -> Tensor:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treelora_ray.config import Options
 from treelora_ray.methods.base import Method, register
-from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import JointOptions
 
 
@@ -15,19 +13,14 @@ class Joint(Method):
     keeps = "one adapter; needs all rows at once"
     starts_from = "fresh"
 
-    def __init__(self, learner: Learner, options: Options) -> None:
-        assert isinstance(options, JointOptions)
-        objective = learner.config.objective
-        told = "own" if objective.routing != "last" and objective.ce_scope == "current" else "all"
-        self.apart = (options.classes or told) == "own"
-        super().__init__(learner, options)
-
     def units(self, tasks: int) -> list[tuple[int, ...]]:
         return [tuple(range(tasks))] if tasks else []
 
     @property
     def weighs_tasks(self) -> bool:
-        return not self.apart
+        options = self.learner.config.method
+        assert isinstance(options, JointOptions)
+        return super().weighs_tasks if options.classes is None else options.classes == "all"
 
     def own_classes(self) -> Sequence[int] | None:
-        return () if self.apart else None
+        return None if self.weighs_tasks else ()

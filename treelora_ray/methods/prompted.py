@@ -26,7 +26,7 @@ class Prompted(Method):
 
     def __init__(self, learner: Learner, options: Options) -> None:
         super().__init__(learner, options)
-        self.task: int | None = None  # that answers
+        self.task: int | None = None  # that answers, with what was kept of it; None: what is in training does
         self.prompting = learner.model.prompting = Prompting(learner.model, self.inserted)
 
     def inserted(self, inputs: Inputs) -> Inserted:
@@ -44,9 +44,14 @@ class Prompted(Method):
         generator = memory.generator(f"{self.learner.config.seed}/{what}")
         return torch.empty(*shape).uniform_(-spread, spread, generator=generator).to(self.learner.device)
 
+    @property
+    def finished(self) -> int:
+        """Tasks of which prompts of their own are kept; one in training may be looked at, too."""
+        return 0
+
     @contextmanager
     def answering(self, task: int) -> Iterator[None]:
-        self.task = task
+        self.task = task if task < self.finished else None
         try:
             yield
         finally:

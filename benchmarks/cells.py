@@ -68,6 +68,7 @@ class Table:
     rows: dict[str, Row]
     cells: list[Cell]
     reach: float | None
+    families: dict[str, str]  # by task, where steps to an accuracy are told for tasks with earlier relatives
     seeds: list[int]
 
     @property
@@ -76,8 +77,11 @@ class Table:
 
 
 def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: Iterable[str] = ()) -> Table:
-    """Of a file with title, preset, settings, rows, seeds and, if steps are counted, reach. `data` takes the place of
-    DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are named."""
+    """Of a file with title, preset, settings, rows, seeds and, if steps are counted, reach and families.
+
+    `data` takes the place of DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are
+    named.
+    """
     about = yaml.safe_load(path.read_text())
     settings = [f"{key}={json.dumps(value)}" for key, value in about.get("settings", {}).items()]
     base = load(about["preset"], [*settings, "tracking.to=none", "train.threads=1"])
@@ -99,7 +103,7 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
         for seed in asked
         for label, row in rows.items()
     ]
-    return Table(path.stem, about["title"], rows, cells, about.get("reach"), asked)
+    return Table(path.stem, about["title"], rows, cells, about.get("reach"), about.get("families", {}), asked)
 
 
 # -- which cell it is
@@ -128,7 +132,7 @@ def _backbone(name: str) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix != ".py")
+    files = sorted(each for each in folder.rglob("[!.]*") if each.is_file() and each.suffix != ".py")
     return digest(*(part for each in files for part in (each.name, each.read_bytes())))
 
 

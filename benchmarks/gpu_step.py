@@ -3,9 +3,9 @@
     python benchmarks/gpu_step.py [--models 0.5B 1B 7B vit] [--stored 24] [--steps 20] [--repeats 5] [--tiny] [--out F]
 
 Decoders learn rows of 1,024 tokens in bfloat16, ViT-B/16 batches of 192 images; rank 8 on q and v. Each method first
-learns `stored` tasks of one step, then a further one, whose steps are timed: methods in turn, over the same frozen
-weights and batches that lie on the device. Made for a GPU; `--tiny` are models of a few thousand weights, for any
-machine.
+learns `stored` tasks of one step (decoders of few rows), then a further one, whose steps are timed: methods in turn,
+over the same frozen weights and batches that lie on the device. Made for a GPU; `--tiny` are models of a few thousand
+weights, for any machine.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def decoder(size: str, stored: int, tiny: bool, device: torch.device) -> Built:
         "prompt": [" ".join(text[told:]) for text in texts],
         "answer": [" ".join(text[:told]) for text in texts],
     }
-    table = MemoryRows(columns)
-    tasks = [Task(f"t{number}", table, table, ()) for number in range(stored + 1)]
+    table, few = MemoryRows(columns), MemoryRows({key: column[:micro] for key, column in columns.items()})
+    tasks = [*(Task(f"t{number}", few, few, ()) for number in range(stored)), Task(f"t{stored}", table, table, ())]
     model = {"max_length": tokens, "dtype": "bfloat16", "gradient_checkpointing": not tiny}
     train = {"batch": rows, "micro_batch": micro, "precision": "bf16"}
     return net, words, tasks, {"model": model, "train": train, "objective": {"routing": "last"}}

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
+from benchmarks import reach  # noqa: E402
 from benchmarks.cells import Table, kept, learn, read_table  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
@@ -27,7 +28,7 @@ TABLES = Path(__file__).resolve().parent / "tables"
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(table: Table, found: Found, results: Path) -> Path:
+def write(table: Table, found: Found, results: Path, any_code: bool = False) -> Path:
     """The table's page with its figures."""
     folder = results / "figures" / table.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,11 +45,12 @@ def write(table: Table, found: Found, results: Path) -> Path:
         sentence(found),
         f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
         comparison_table.markdown(found),
+        reach.markdown(table, [row for row in table.rows if row != reach.ALONE], any_code) if table.families else "",
         *pictures,
         f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
     ]
     path = results / f"{table.name}.md"
-    path.write_text("\n\n".join(part.strip() for part in text) + "\n")
+    path.write_text("\n\n".join(part.strip() for part in text if part) + "\n")
     (results / f"{table.name}.csv").write_text(comparison_table.as_csv(found))
     return path
 
@@ -74,7 +76,7 @@ def main(given: list[str] | None = None) -> None:
     found = kept(whole, options.any_code, failed)
     if options.dry:
         print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
-    print(f"written: {write(whole, found, RESULTS)}")
+    print(f"written: {write(whole, found, RESULTS, options.any_code)}")
 
 
 if __name__ == "__main__":

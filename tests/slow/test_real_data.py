@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import text_families
 from benchmarks.encoder import encoder as installed
 from tests import tiny
 from treelora_ray import Run
@@ -77,3 +78,23 @@ def test_two_tasks_of_photographs_on_a_tiny_vision_transformer(tmp_path: Path) -
     done = train(tmp_path / "cifar.yaml", tmp_path / "runs", "objective.routing=oracle")
     assert len(done.tasks) == 2
     assert (np.diag(done.matrix) > 55).all()  # two classes, a random backbone of a few thousand weights
+
+
+def test_the_benchmark_of_text_families_judges_a_tree_and_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, few = needs("text_stream_15"), tmp_path / "data"
+    encoder()
+    meta = {each["task"]: each for each in json.loads((data / "meta.json").read_text())}
+    few.mkdir()
+    (few / "meta.json").write_text(json.dumps([meta[task] for task in ("agnews", "sst2", "dbpedia", "imdb")]))
+    for task in ("agnews", "sst2", "dbpedia", "imdb"):
+        (few / task).symlink_to(data / task)
+    monkeypatch.setattr(text_families, "PAGE", tmp_path / "page" / "text-families.md")
+    given = [str(few), "stream.rows=64", "--seeds", "0", "--rounds", "4", "--folder", str(tmp_path / "runs"), "--doc"]
+    text_families.main(given)
+    assert "4 rounds, seed 0: adjusted Rand index 1.00" in capsys.readouterr().out
+    page = (tmp_path / "page" / "text-families.md").read_text()
+    assert "| 4 | 0 | 1.00 |" in page
+    for name in text_families.FIGURES:
+        assert (tmp_path / "page" / "figures" / "text-families" / f"{name}.png").is_file()

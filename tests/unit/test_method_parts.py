@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from treelora_ray.methods import memory, whole
 from treelora_ray.methods.base import Method, register
 from treelora_ray.methods.catalogue import METHODS
 from treelora_ray.methods.gradients import mean_gradient, of_each
+from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import METHOD_OPTIONS
-from treelora_ray.objectives.base import Batch
+from treelora_ray.objectives.base import AnchorHead, Batch
 from treelora_ray.training.loop import begin_task
 
 
@@ -178,3 +180,38 @@ def test_joint_weighs_in_training_the_classes_that_are_weighed_for_an_answer(
         assert chances is not None
         assert (chances > 0).all()
         assert chances.shape == (2, 6)
+
+
+def begun(backbone: Path) -> Learner:
+    made = toys.ready(backbone, "seqlora")
+    begin_task(made, (0,))
+    return made.learner
+
+
+def test_that_a_class_is_rare_is_no_part_of_a_gradient_at_the_anchor(backbone: Path) -> None:
+    """Rows that look alike lie equally far from both classes: all there is to learn is how often each class is."""
+    learner = begun(backbone)
+    batch = learner.fetch([(0, 0)] * 8)
+    batch = replace(batch, targets=torch.tensor([0] * 7 + [1]))
+    (feature, *_) = learner.model.features(batch.inputs).detach()
+    aside = torch.linalg.qr(torch.stack([feature, torch.arange(len(feature)) % 3.0], 1))[0][:, 1]
+    means = torch.stack([feature + aside, feature - aside])
+    norms = []
+    for shares in ([7 / 8, 1 / 8], [1 / 2, 1 / 2]):
+        learner.forget_gradients()
+        learner.objective.anchor_loss(batch, AnchorHead(means, torch.tensor(shares).log())).backward()
+        norms.append(float(learner.adapter_grad.norm()))
+    assert norms[0] < 1e-4 * norms[1]
+
+
+def test_the_anchor_knows_how_often_classes_are_in_the_order_in_which_they_compete(backbone: Path) -> None:
+    learner = begun(backbone)
+    head, task = learner.anchor_head(), learner.tasks[0]
+    assert head is not None
+    assert head.log_shares.exp().sum() == pytest.approx(1)
+    labels = task.train.take(range(len(task.train)))["label"]
+    for row, label in zip(learner.head.rows[0], task.labels, strict=True):
+        place = learner.rows.index(row)
+        share = (list(labels).count(label) + 1) / (len(labels) + len(task.labels))
+        assert float(head.log_shares[place].exp()) == pytest.approx(share)
+        assert torch.equal(head.means[place], learner.means[0][task.labels.index(label)])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import cells
+from benchmarks import cells, reach
 from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table
 from pipelines.reproduce import table as command
 from treelora_ray.config import with_values
@@ -68,6 +68,7 @@ def test_a_folder_of_a_backbone_is_known_by_its_files(tmp_path: Path) -> None:
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("weights" if name != "three" else "others")
+    (tmp_path / "two" / ".gitattributes").write_text("no part of a model")
     one, two, three = (cells._backbone(str(tmp_path / name)) for name in ("one", "two", "three"))
     assert one == two != three
 
@@ -140,3 +141,31 @@ def test_the_command_learns_again_says_how_it_compares_and_writes_the_page(
     command.main(["tiny", "--dry"])
     assert "missing: weak-s0" in capsys.readouterr().out
     assert (tmp_path / "tiny.md").is_file()
+
+
+def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tasks of two families; the second is a relative of the first, and the third is known at its start."""
+    about = {**TINY, "families": {"a": "x", "b": "x", "c": "y"}}
+    table.write_text(yaml.safe_dump(about))
+    found = read_table(table, None)
+
+    def cell(probe: int, looks: dict[str, list[list[int]]]) -> dict[str, Any]:
+        more = {"probe_rounds": probe, "queries": 0, "pass_rows": 40}
+        records = [
+            {"unit": task, "effort": {"steps": seen[-1][0], "watched": seen, **more}} for task, seen in looks.items()
+        ]
+        return {"result": {"records": records}}
+
+    plain = {"a": [[0, 50], [10, 80], [20, 100]], "b": [[0, 0], [10, 94], [20, 100]], "c": [[0, 99], [20, 100]]}
+    weak = {"a": [[0, 0], [10, 50], [20, 60]], "b": [[0, 90], [2, 96], [20, 97]], "c": [[0, 99], [20, 100]]}
+    cells_of = {"independent": cell(0, plain), "weak": cell(3, weak)}
+    monkeypatch.setattr(reach, "read_cell", lambda _, cell, __: cells_of[cell.row])
+    told = {each.task: each for each in reach.reached(found, "weak", 0.95)}
+    assert [(each.alone, each.own, each.extra, each.related) for each in told.values()] == [
+        (20, None, 3, False), (20, 2, 3, True), (0, 0, 3, False)
+    ]  # fmt: skip
+    assert [each.ratio for each in told.values()] == [0.0, 4.0, None]
+    page = reach.markdown(found, ["weak"])
+    assert "| weak | 95% | 4.00 | 1 | – | 1 | 1 | 1 |" in page
+    assert "| weak | 98% | 0.00 | 1 | – | 1 | 2 | 1 |" in page
+    assert not reach.markdown(found, [])

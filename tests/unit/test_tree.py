@@ -230,6 +230,11 @@ class TestPartitions:
         tree = group(0.7, group(0.6, group(0.1, 0, 1), 2), group(0.2, 3, 4)).tree()
         assert sets(tree.families()) == {frozenset({0, 1}), frozenset({2}), frozenset({3, 4})}
 
+    def test_one_tight_pair_does_not_hide_the_families(self) -> None:
+        """The largest gap lies right above the pair (0, 1), where all others still stand alone."""
+        tree = group(0.7, group(0.45, group(0.1, 0, 1), 2), group(0.5, group(0.4, 3, 4), 5), group(0.5, 6, 7)).tree()
+        assert sets(tree.families()) == {frozenset({0, 1, 2}), frozenset({3, 4, 5}), frozenset({6, 7})}
+
     @pytest.mark.parametrize("tree", [Tree.of_tasks([0]), Tree.of_tasks([0, 1], 0.4), Tree.of_tasks([0, 1, 2])])
     def test_a_single_group_is_one_family(self, tree: Tree) -> None:
         assert sets(tree.families()) == {frozenset(tree.tasks.tolist())}

@@ -154,11 +154,15 @@ class Tree:
         return self.cut(float(heights[at]))
 
     def families(self) -> list[IntArray]:
-        """The partition at the largest gap between heights: the tree's own view of which tasks are kin."""
+        """The tree's own view of which tasks are kin: the partition at the largest gap between heights.
+
+        A gap counts as often as there are tasks in groups below it: else one tight pair would hide all other families.
+        """
         heights = np.sort(self.height[self.task < 0])
         if len(heights) < 2:
             return self.cut(np.inf)
-        gap = int(np.argmax(np.diff(heights)))
+        joined = np.sort(self.height[self.parent[self.task >= 0]])
+        gap = int(np.argmax(np.diff(heights) * np.searchsorted(joined, heights[:-1], side="right")))
         return self.cut(float(heights[gap] + heights[gap + 1]) / 2)
 
     # -- change

@@ -29,9 +29,9 @@ from treelora_ray.methods.guides import MakeGuide
 from treelora_ray.methods.looks import Look, surroundings
 from treelora_ray.methods.shared import Shared
 from treelora_ray.models.backbone import CausalModel, Model
-from treelora_ray.models.head import Head
+from treelora_ray.models.head import Head, log_shares
 from treelora_ray.models.router import ClassSums, Router
-from treelora_ray.objectives.base import Batch, Objective, TaskInfo
+from treelora_ray.objectives.base import AnchorHead, Batch, Objective, TaskInfo
 from treelora_ray.objectives.causal_lm import CausalLM
 from treelora_ray.objectives.classification import Classification
 
@@ -90,6 +90,7 @@ class Learner:
         self.head = Head(model.width, config.objective.label_match == "string", self.device)
         self.router = Router(model.width, self.device, config.objective.router)
         self.means: dict[int, Tensor] = {}  # by task of the unit: class means [C, d] of frozen features
+        self.counts: dict[int, Tensor] = {}  # likewise: rows of each class [C]
         self.objective: Objective
         if isinstance(model, CausalModel):
             self.objective = CausalLM(model, config.objective.max_new_tokens, config.train.precision)
@@ -274,7 +275,7 @@ class Learner:
         sums = self._statistics(task)
         self.infos.append(TaskInfo(data.name, tuple(data.labels), data.score))
         self.router.add(task, sums)
-        self.means[task] = sums.means.float()
+        self.means[task], self.counts[task] = sums.means.float(), sums.counts.float()
         if data.labels:
             self.head.grow(data.labels, sums)
 
@@ -396,13 +397,13 @@ class Learner:
         with self.model.plain():
             return self.features(rows)
 
-    def anchor_means(self) -> Tensor | None:
-        """[classes of the unit, d] in the order in which they compete."""
+    def anchor_head(self) -> AnchorHead | None:
         if not self.rows:
             return None
         place = {row: number for number, row in enumerate(self.rows)}
-        out = torch.zeros(len(self.rows), self.model.width, device=self.device)
+        means = torch.zeros(len(self.rows), self.model.width, device=self.device)
+        counts = torch.zeros(len(self.rows), device=self.device)
         for task in self.unit:
-            for row, mean in zip(self.head.rows[task], self.means[task], strict=True):
-                out[place[row]] = mean
-        return out
+            at = [place[row] for row in self.head.rows[task]]
+            means[at], counts[at] = self.means[task], self.counts[task]
+        return AnchorHead(means, log_shares(counts).float())

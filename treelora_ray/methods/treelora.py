@@ -33,6 +33,7 @@ from treelora_ray.methods.hide import PART, Decomposition, part_of
 from treelora_ray.methods.learner import Learner, Ref
 from treelora_ray.methods.looks import Look, sha256
 from treelora_ray.methods.options import FitOptions, TreeLoraOptions
+from treelora_ray.objectives.base import AnchorHead
 
 NOTHING = -1
 
@@ -169,12 +170,12 @@ class TreeLora(Method):
         """Mean gradients at the anchor, on mini-batches of their own, which count as steps; the rows seen."""
         learner, rounds = self.learner, self.options.probe_rounds
         plan = learner.plan("probe", self.options.probe_batch, epochs=rounds)
-        means, total = learner.anchor_means(), torch.zeros(len(self.places), device=learner.device)
+        head, total = learner.anchor_head(), torch.zeros(len(self.places), device=learner.device)
         learner.adapter.copy_(learner.anchor)
         drawn = [learner.refs(plan.at(step)) for step in range(rounds)]
         seen = [ref for refs in drawn for ref in refs]
         with learner.effort.timed("probe"):
-            for step, gradient in enumerate(self._gradients_at_anchor(drawn, means)):
+            for step, gradient in enumerate(self._gradients_at_anchor(drawn, head)):
                 total += gradient
                 if self.settings.observe == "probe":
                     self.guide.probe(step, gradient)
@@ -186,10 +187,10 @@ class TreeLora(Method):
             self.running.add(total / rounds)
         return seen
 
-    def _gradients_at_anchor(self, drawn: Sequence[list[Ref]], means: Tensor | None) -> Iterator[Tensor]:
+    def _gradients_at_anchor(self, drawn: Sequence[list[Ref]], head: AnchorHead | None) -> Iterator[Tensor]:
         """[signature] of each mini-batch: as another run saw it where it would be the same here, computed elsewhere."""
         learner = self.learner
-        key, rows = self._probed_from(drawn, means) if learner.remembers else ({}, [])
+        key, rows = self._probed_from(drawn, head) if learner.remembers else ({}, [])
         look = learner.recall("probe", key, lambda look: _agree(rows, look.told["rows"]))
         known, seconds = ([], 0.0) if look is None else (list(look.tensors["gradients"]), look.seconds)
         if known:
@@ -200,13 +201,13 @@ class TreeLora(Method):
             return
         for refs in drawn[len(known) :]:
             start = time.perf_counter()
-            known.append(self._gradient_at_anchor(refs[learner.comm.rank :: learner.comm.workers], means))
+            known.append(self._gradient_at_anchor(refs[learner.comm.rank :: learner.comm.workers], head))
             seconds += time.perf_counter() - start
             yield known[-1]
         gradients = torch.stack([gradient.cpu() for gradient in known])
         learner.remember("probe", key, Look({"gradients": gradients}, seconds, {"rows": rows}))
 
-    def _probed_from(self, drawn: Sequence[list[Ref]], means: Tensor | None) -> tuple[dict[str, Any], list[str]]:
+    def _probed_from(self, drawn: Sequence[list[Ref]], head: AnchorHead | None) -> tuple[dict[str, Any], list[str]]:
         """What a gradient at the anchor depends on beside the model, and what the rows of each round hold.
 
         Other tasks matter where their classes compete; the head, the penalty and how training goes do not.
@@ -222,20 +223,20 @@ class TreeLora(Method):
             "layout": learner.layout.to_json(),
             "signature": sha256(self.places),
             "labels": [[label, place[row]] for label, row in zip(labels, heads, strict=True)],
-            "means": None if means is None else sha256(means),  # of all classes that compete
+            "head": None if head is None else [sha256(head.means), sha256(head.log_shares)],
             "micro_batch": learner.config.train.micro_batch,
             "drawn": [learner.unit_name, learner.unit_rows, batch, learner.config.seed],
         }
         return key, [contents(learner.tasks[task].train, [row for _, row in refs]) for refs in drawn]
 
-    def _gradient_at_anchor(self, drawn: list[tuple[int, int]], means: Tensor | None) -> Tensor:
+    def _gradient_at_anchor(self, drawn: list[tuple[int, int]], head: AnchorHead | None) -> Tensor:
         """[signature] of one mini-batch, a mean over all workers."""
         learner = self.learner
         learner.forget_gradients()
         size = learner.config.train.micro_batch or len(drawn)
         for at in range(0, len(drawn), max(size, 1)):
             batch = learner.fetch(drawn[at : at + size])
-            (learner.objective.anchor_loss(batch, means) * batch.count).backward()
+            (learner.objective.anchor_loss(batch, head) * batch.count).backward()
             learner.buffer[-1] += batch.count
         learner.reduce()
         return learner.adapter_grad[self.places]

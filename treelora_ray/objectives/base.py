@@ -28,6 +28,14 @@ class TaskInfo:
 
 
 @dataclass(frozen=True)
+class AnchorHead:
+    """What a classifier answers by at the anchor, in the order in which the unit's classes compete."""
+
+    means: Tensor  # [n, d] of frozen features
+    log_shares: Tensor  # [n]
+
+
+@dataclass(frozen=True)
 class Batch:
     inputs: dict[str, Tensor]
     count: int  # what the loss is a mean over: rows, or tokens of answers
@@ -46,8 +54,8 @@ class Objective(Protocol):
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """The sum of the batch's losses, and what the model said (for further terms), its logits before any mask."""
 
-    def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:
-        """The mean loss at the anchor, where there is no trained head yet; `means` [n, d] of the classes."""
+    def anchor_loss(self, batch: Batch, head: AnchorHead | None) -> Tensor:
+        """The mean loss at the anchor, where no trained head is asked; `head`: where there are classes."""
 
     def answer(self, rows: Columns, tasks: Sequence[int], classes: Sequence[int] | None) -> list[str]:
         """What the model, with the adapter it holds, answers to each row; among these rows of the head."""

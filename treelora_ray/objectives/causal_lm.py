@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from treelora_ray.models.backbone import CausalModel, Shown
-from treelora_ray.objectives.base import Batch, Columns
+from treelora_ray.objectives.base import AnchorHead, Batch, Columns
 
 
 class CausalLM:
@@ -32,7 +32,7 @@ class CausalLM:
         )
         return nll, {"logits": logits}
 
-    def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:  # noqa: ARG002
+    def anchor_loss(self, batch: Batch, head: AnchorHead | None) -> Tensor:  # noqa: ARG002
         return self.loss(batch)[0] / max(batch.count, 1)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from treelora_ray.models.backbone import Model
 from treelora_ray.models.head import Head
-from treelora_ray.objectives.base import Batch, Columns, TaskInfo
+from treelora_ray.objectives.base import AnchorHead, Batch, Columns, TaskInfo
 
 ANCHOR_SCALE = 10.0  # of the cosine logits at the anchor
 
@@ -63,14 +63,17 @@ class Classification:
         assert batch.targets is not None
         return F.cross_entropy(compared, batch.targets, reduction="sum"), {"features": features, "logits": logits}
 
-    def anchor_loss(self, batch: Batch, means: Tensor | None) -> Tensor:
-        """Cosine logits between features and the class means [n, d], in the order of the competing classes."""
-        assert means is not None
+    def anchor_loss(self, batch: Batch, head: AnchorHead | None) -> Tensor:
+        """Cosine logits between features and class means, and what the shares of the classes alone would say.
+
+        Without the shares the gradients of tasks with a rare class would have in common that it is rare.
+        """
+        assert head is not None
         with self.model.autocast(self.precision):
             features = self.model.features(batch.inputs)
-        logits = ANCHOR_SCALE * F.normalize(features.float(), dim=-1) @ F.normalize(means.float(), dim=-1).T
+        logits = ANCHOR_SCALE * F.normalize(features.float(), dim=-1) @ F.normalize(head.means.float(), dim=-1).T
         assert batch.targets is not None
-        return F.cross_entropy(logits, batch.targets)
+        return F.cross_entropy(logits + head.log_shares.float(), batch.targets)
 
     @torch.no_grad()
     def answer(self, rows: Columns, tasks: Sequence[int], classes: Sequence[int] | None) -> list[str]:  # noqa: ARG002

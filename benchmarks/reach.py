@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cells import Table, read_cell
+from benchmarks.paired import ALONE
 from treelora_ray.tracking.compare import counted
 
-ALONE = "independent"
 SHARES = (0.95, 0.98)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
-from benchmarks import reach  # noqa: E402
+from benchmarks import paired, reach  # noqa: E402
 from benchmarks.cells import Table, kept, learn, read_table  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
@@ -45,7 +45,8 @@ def write(table: Table, found: Found, results: Path, any_code: bool = False) -> 
         sentence(found),
         f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
         comparison_table.markdown(found),
-        reach.markdown(table, [row for row in table.rows if row != reach.ALONE], any_code) if table.families else "",
+        paired.markdown(table, any_code),
+        reach.markdown(table, [row for row in table.rows if row != paired.ALONE], any_code) if table.families else "",
         *pictures,
         f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
     ]

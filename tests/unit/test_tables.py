@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import cells, reach
+from benchmarks import cells, paired, reach
 from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table
 from pipelines.reproduce import table as command
 from treelora_ray.config import with_values
@@ -103,6 +103,16 @@ def test_what_is_there_is_not_learnt_again(table: Path, tmp_path: Path, monkeypa
     assert [read_cell(whole, cell) for cell in whole.cells] == [None, None]
     assert all(read_cell(whole, cell, any_code=True) for cell in whole.cells)
     assert "1 of 2" not in markdown(kept(whole, any_code=True))
+
+
+def test_a_row_is_told_beside_independent_with_the_same_seed(table: Path) -> None:
+    whole = read_table(table, None, seeds=[0, 1, 2])
+    scores = {"independent": (50.0, 60.0, 70.0), "weak": (51.0, 63.0, None)}
+    for cell in whole.cells:
+        if (score := scores[cell.row][cell.seed]) is not None:
+            filled(whole, cell, score)
+    assert paired.differences(whole) == {"weak": {0: 1.0, 1: 3.0}}
+    assert "| weak | +2.0 ± 1.4 | +1.0, +3.0 |" in paired.markdown(whole)
 
 
 @pytest.mark.slow

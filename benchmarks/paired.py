@@ -1,0 +1,35 @@
+"""Scores beside those of `independent` with the same seed: what differs from seed to seed for all rows drops out."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.cells import Table, read_cell
+
+ALONE = "independent"
+
+
+def differences(table: Table, any_code: bool = False) -> dict[str, dict[int, float]]:
+    """By row and seed, points of OP above `independent`, of the cells that are there."""
+    score = {
+        (cell.row, cell.seed): found["result"]["metrics"]["op"]
+        for cell in table.cells
+        if (found := read_cell(table, cell, any_code)) is not None
+    }
+    rows = [row for row in table.rows if row != ALONE]
+    both = {row: [s for s in table.seeds if {(row, s), (ALONE, s)} <= score.keys()] for row in rows}
+    return {row: {seed: score[row, seed] - score[ALONE, seed] for seed in seeds} for row, seeds in both.items()}
+
+
+def markdown(table: Table, any_code: bool = False) -> str:
+    told = {row: by_seed for row, by_seed in differences(table, any_code).items() if by_seed}
+    if not told:
+        return ""
+    lines = []
+    for row, by_seed in sorted(told.items(), key=lambda item: -statistics.mean(item[1].values())):
+        values = list(by_seed.values())
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        single = ", ".join(f"{value:+.1f}" for value in values)
+        lines.append(f"| {row} | {statistics.mean(values):+.1f}{spread} | {single} |")
+    return "\n".join([f"## Beside {ALONE}, seed by seed", "", f"| method | OP above {ALONE}, points | each seed |",
+                      "|---|---:|---|", *lines])  # fmt: skip

@@ -70,6 +70,7 @@ class Table:
     reach: float | None
     families: dict[str, str]  # by task, where steps to an accuracy are told for tasks with earlier relatives
     seeds: list[int]
+    notes: list[str]  # what the page says beside its numbers
 
     @property
     def folder(self) -> Path:
@@ -77,7 +78,8 @@ class Table:
 
 
 def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: Iterable[str] = ()) -> Table:
-    """Of a file with title, preset, settings, rows, seeds and, if steps are counted, reach and families.
+    """Of a file with title, preset, settings, rows, seeds and, where wanted, notes; if steps are counted, reach and
+    families.
 
     `data` takes the place of DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are
     named.
@@ -103,7 +105,8 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
         for seed in asked
         for label, row in rows.items()
     ]
-    return Table(path.stem, about["title"], rows, cells, about.get("reach"), about.get("families", {}), asked)
+    return Table(path.stem, about["title"], rows, cells, about.get("reach"), about.get("families", {}), asked,
+                 about.get("notes", []))  # fmt: skip
 
 
 # -- which cell it is

@@ -10,7 +10,7 @@ What a method does beyond `independent` before its first step (probe rounds) cou
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,10 @@ def beside(effort: Mapping[str, Any], batch: int) -> int:
     return counted(effort, batch) - int(effort["steps"])
 
 
-def markdown(table: Table, rows: Iterable[str], any_code: bool = False) -> str:
-    """Medians over tasks and seeds, and below them task by task."""
-    lines, single = [], []
-    for row in rows:
+def markdown(table: Table, rows: Sequence[str], any_code: bool = False) -> str:
+    """Medians over tasks and seeds, and below them the first row's task by task."""
+    lines, single = [], list[str]()
+    for number, row in enumerate(rows):
         for share in SHARES:
             told = reached(table, row, share, any_code)
             if not told:
@@ -81,11 +81,15 @@ def markdown(table: Table, rows: Iterable[str], any_code: bool = False) -> str:
                 f"| {row} | {share:.0%} | {_median(related)} | {len(related)} | {_median(more)} | {len(others)} "
                 f"| {sum(each.own is None for each in told)} | {sum(not each.alone for each in told)} |"
             )
-            single += [
-                f"| {row} | {share:.0%} | {each.task} ({each.seed}) | {'yes' if each.related else 'no'} | {each.alone} "
-                f"| {'never' if each.own is None else each.own} | {each.extra} | {_number(each.ratio)} |"
-                for each in told
-            ]
+            single += (
+                []
+                if number
+                else [
+                    f"| {share:.0%} | {each.task} ({each.seed}) | {'yes' if each.related else 'no'} | {each.alone} "
+                    f"| {'never' if each.own is None else each.own} | {each.extra} | {_number(each.ratio)} |"
+                    for each in told
+                ]
+            )
     if not lines:
         return ""
     return "\n".join([
@@ -99,8 +103,10 @@ def markdown(table: Table, rows: Iterable[str], any_code: bool = False) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         *lines,
         "",
-        "| method | share | task (seed) | relative | independent | method | beside | ratio |",
-        "|---|---:|---|---|---:|---:|---:|---:|",
+        f"Task by task, `{rows[0]}`:",
+        "",
+        "| share | task (seed) | relative | independent | method | beside | ratio |",
+        "|---:|---|---|---:|---:|---:|---:|",
         *single,
     ])  # fmt: skip
 

@@ -43,6 +43,7 @@ def write(table: Table, found: Found, results: Path, any_code: bool = False) -> 
     text = [
         f"# {table.title}",
         sentence(found),
+        "\n".join(f"- {note}" for note in table.notes),
         f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
         comparison_table.markdown(found),
         paired.markdown(table, any_code),

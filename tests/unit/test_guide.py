@@ -82,6 +82,20 @@ def test_a_task_leans_on_its_kin_at_every_layer_and_on_nobody_when_it_has_none(d
         assert ((choice.task - task) % 3 == 0).all()
 
 
+def test_noise_is_read_off_differences_of_rounds_that_share_nothing() -> None:
+    """Of n rounds, n - 1: none holds what all rounds share, and of independent rounds no two are correlated."""
+    guide = Guide(RAGGED, config_of("treelora", sketch_dim=None))
+    guide.begin_task("first")
+    rounds, common = torch.eye(5, RAGGED.total), torch.full((RAGGED.total,), 3.0)
+    for step, own in enumerate(rounds):
+        guide.probe(step, own + common)
+    assert guide.current is not None
+    found = torch.stack(guide.current.differences)
+    assert found.shape == (4, RAGGED.total)
+    torch.testing.assert_close(found.sum(1), torch.zeros(4), atol=1e-5, rtol=0)  # as much of one round as of others
+    torch.testing.assert_close(found @ found.T, torch.diag((found @ found.T).diagonal()), atol=1e-5, rtol=0)
+
+
 def test_the_first_task_has_nothing_to_lean_on() -> None:
     guide = Guide(RAGGED)
     guide.begin_task("first")

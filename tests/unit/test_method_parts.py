@@ -22,7 +22,7 @@ from treelora_ray.methods.gradients import mean_gradient, of_each
 from treelora_ray.methods.learner import Learner
 from treelora_ray.methods.options import METHOD_OPTIONS
 from treelora_ray.objectives.base import AnchorHead, Batch
-from treelora_ray.training.loop import begin_task
+from treelora_ray.training.loop import begin_task, steps_of
 
 
 class SpeechlessOptions(Options):
@@ -215,3 +215,12 @@ def test_the_anchor_knows_how_often_classes_are_in_the_order_in_which_they_compe
         share = (list(labels).count(label) + 1) / (len(labels) + len(task.labels))
         assert float(head.log_shares[place].exp()) == pytest.approx(share)
         assert torch.equal(head.means[place], learner.means[0][task.labels.index(label)])
+
+
+def test_tasks_at_once_take_as_many_steps_as_one_by_one(backbone: Path) -> None:
+    for train, each in (({"steps": 3, "epochs": 1}, 3), ({"epochs": 2}, 6)):
+        made = toys.ready(backbone, "joint", train=train)
+        learner = made.learner
+        assert [steps_of(learner, (task,)) for task in range(3)] == [each] * 3
+        whole = steps_of(learner, (0, 1, 2))
+        assert whole == 9 if "steps" in train else 3 * each - 3 <= whole <= 3 * each  # fewer batches are cut short

@@ -408,7 +408,8 @@ def low_rank_task(
     gradients = torch.stack(
         [torch.cat([batch[layer] @ MANY.segment(common, layer) for layer in range(len(MANY))]) for batch in batches]
     )
-    return gradients.mean(0), gradients[::2] - gradients[1::2], base
+    differences = [gradients[:count].mean(0) - gradients[count] for count in range(1, rounds)]
+    return gradients.mean(0), torch.stack(differences), base
 
 
 def test_values_that_hang_together_pass_for_related_no_more_often_than_the_level_says() -> None:

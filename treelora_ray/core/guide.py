@@ -122,14 +122,10 @@ class Guide:
             raise GuideError(f"task {now.name!r} has committed; it cannot be probed at step {step} any more")
         if not self._is_new(now, step, sketched):
             return now.history.get(step, np.empty(0, np.int64)).copy()
+        if now.rounds and len(now.differences) < MOST_DIFFERENCES:
+            now.differences.append(now.gradient / now.rounds - sketched)  # of independent rounds uncorrelated
         now.gradient += sketched
         now.rounds += 1
-        if now.before is None:
-            now.before = sketched.clone()
-        else:
-            if len(now.differences) < MOST_DIFFERENCES:
-                now.differences.append(now.before - sketched)
-            now.before = None
         compared = np.empty(0, np.int64)
         if now.search is not None:
             seen = now.gradient / now.rounds if isinstance(now.search, BestFirstTreeLCB) else sketched

@@ -184,10 +184,10 @@ def aligned(layout: Layout, x: Tensor, others: Tensor, level: float, differences
     """Which of other direction vectors [k, total] agree with x over all layers by more than chance allows: bool [k].
 
     Signs of single values are too free a null for gradients, whose values hang together. What chance allows is read
-    off the task's own noise: differences [n, total] of gradients of its mini-batches, two by two, so that the task
-    itself drops out. Their squared cosines, among themselves and with the others, are in the mean the variance of the
-    cosine of vectors that have nothing in common but what they are made of; the larger of both counts. All are True
-    for fewer than two differences, which say nothing.
+    off the task's own noise: differences [n, total] of each mini-batch's gradient from the mean of those before it, so
+    that the task itself drops out. Their squared cosines, among themselves and with the others, are in the mean the
+    variance of the cosine of vectors that have nothing in common but what they are made of; the larger of both counts.
+    All are True for fewer than two differences, which say nothing.
     """
     if len(differences) < 2:
         return torch.ones(len(others), dtype=torch.bool)

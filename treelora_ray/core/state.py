@@ -132,8 +132,7 @@ class Current:
     exact: bool  # few enough tasks that every probe round compares with all of them
     gradient: Tensor  # sum of the probe gradients, [total]
     steps_per_epoch: int | None = None  # of this task, where it brings its own
-    before: Tensor | None = None  # gradient of the last round, where it waits for the next
-    differences: list[Tensor] = field(default_factory=list)  # of the gradients of two rounds each
+    differences: list[Tensor] = field(default_factory=list)  # of each round from the mean of those before it
     rounds: int = 0
     step: int = -1  # last step observed
     seen: int = 0  # checksum of what it brought
@@ -146,15 +145,12 @@ class Current:
         plain = {key: getattr(self, key) for key in ("name", "attempt", "steps_per_epoch", "rounds", "step", "seen")}
         offered = None if self.offered is None else self.offered[0]
         history = [[step, tasks.tolist()] for step, tasks in self.history.items()]
-        noise = {"waits": self.before is not None, "differences": len(self.differences)}
         pulls = None if self.pulls is None else self.pulls.to_json()
-        kept = {"committed": self.choice is not None, "pulls": pulls}
-        return {**plain, **noise, "offered": offered, "history": history, **kept}
+        kept = {"differences": len(self.differences), "committed": self.choice is not None, "pulls": pulls}
+        return {**plain, "offered": offered, "history": history, **kept}
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {"current.gradient": self.gradient.clone()}
-        if self.before is not None:
-            tensors["current.before"] = self.before.clone()
         if self.differences:
             tensors["current.differences"] = torch.stack(self.differences)
         if self.search is not None:
@@ -171,7 +167,6 @@ class Current:
         self.rounds, self.step, self.seen = data["rounds"], data["step"], data["seen"]
         self.gradient = own["gradient"].clone()
         self.history = {step: np.array(tasks, np.int64) for step, tasks in data["history"]}
-        self.before = own["before"].clone() if data["waits"] else None
         self.differences = list(own["differences"].clone()) if data["differences"] else []
         arrays = {key: value.numpy().copy() for key, value in own.items()}
         if self.search is not None:

@@ -413,7 +413,7 @@ class TreeLoraOptions(Options):
     start: Literal["similar", "previous", "fresh"] | None = None
     """A task's first adapter: layer by layer from related tasks, from the task before, or new; left out: what the
     mode does (similar in treelora, previous in the others)."""
-    probe_rounds: Positive = 6
+    probe_rounds: Positive = 4
     """Mini-batches at the anchor from which a task's signature is made."""
     probe_batch: Positive | None = None
     """Rows of a probe round; those of a training step where it is left out."""

@@ -92,10 +92,10 @@ def micro_batches(learner: Learner) -> Iterator[list[Ref]]:
 
 
 def steps_of(learner: Learner, unit: tuple[int, ...]) -> int:
-    """Optimizer steps of a unit: what the config says, or its epochs over the unit's rows."""
+    """Optimizer steps of a unit: what the config says for each of its tasks, or its epochs over the unit's rows."""
     train = learner.config.train
     if train.steps is not None:
-        return train.steps
+        return train.steps * len(unit)
     rows = [len(learner.tasks[task].train) for task in unit]
     per_epoch = -(-sum(rows) // train.batch)
     if isinstance(train.epochs, int):

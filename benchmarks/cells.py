@@ -48,6 +48,7 @@ ENCODER = "bench:all-MiniLM-L6-v2"  # in place of a backbone: the pre-trained on
 RESULT = ("finished", "tasks", "families", "matrix", "metrics", "trainable_parameters", "adapter_bytes_per_task",
           "peak_memory_bytes", "peak_device_bytes", "device", "packages", "python", "commit")  # fmt: skip
 RECORD = ("unit", "tasks", "scores", "effort")
+Results = Mapping[tuple[str, int], Mapping[str, Any]]  # by row and seed, of the cells that are there
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Table:
 
 def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: Iterable[str] = ()) -> Table:
     """Of a file with title, preset, settings, rows, seeds and, where wanted, notes; if steps are counted, reach and
-    families.
+    families. A file `like` another has what it does not say, settings one by one, from that.
 
     `data` takes the place of DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are
     named.
     """
-    about = yaml.safe_load(path.read_text())
+    about = _read(path)
     settings = [f"{key}={json.dumps(value)}" for key, value in about.get("settings", {}).items()]
     base = load(about["preset"], [*settings, "tracking.to=none", "train.threads=1"])
     if base.stream.path == "DATA":
@@ -107,6 +108,14 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
     ]
     return Table(path.stem, about["title"], rows, cells, about.get("reach"), about.get("families", {}), asked,
                  about.get("notes", []))  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    about: dict[str, Any] = yaml.safe_load(path.read_text())
+    if (other := about.get("like")) is None:
+        return about
+    base = _read(path.parent / f"{other}.yaml")
+    return {**base, **about, "settings": {**base.get("settings", {}), **about.get("settings", {})}}
 
 
 # -- which cell it is
@@ -172,19 +181,20 @@ def learn(
     say(f"{table.name}: {len(left)} of {len(table.cells)} cells to learn")
     failed: dict[str, str] = {}
     folder = (work / table.name).absolute()
+    known = {cell.id: identity(cell.config) for cell in left}  # before: sources may change while cells are learnt
     start = time.monotonic()
     if left:
         # Spawned, not forked: threads of torch do not outlive a fork.
         with ProcessPoolExecutor(min(jobs, len(left)), get_context("spawn"), _begin, (str(folder),)) as pool:
             waiting = {}
             for cell in left:
-                place = {"name": _place(cell), "folder": str(folder)}
+                place = {"name": _place(cell, known[cell.id]), "folder": str(folder)}
                 waiting[pool.submit(_learn, with_values(cell.config, place, cell.id))] = cell
             for future in as_completed(waiting):
                 cell, outcome = waiting[future], future.result()
                 if outcome["state"] == "finished":
                     said = f"{outcome['op']:.1f}%, {outcome['seconds']:.0f} s" + _before(table, cell)
-                    _keep(table, cell, folder, outcome, min(jobs, len(left)))
+                    _keep(table, cell, known[cell.id], folder, outcome, min(jobs, len(left)))
                 else:
                     failed[cell.id] = outcome.get("error", outcome["state"])
                     said = failed[cell.id]
@@ -200,9 +210,9 @@ def _before(table: Table, cell: Cell) -> str:
     return f", before {json.loads(path.read_text())['result']['metrics']['op']:.1f}%"
 
 
-def _place(cell: Cell) -> str:
+def _place(cell: Cell, known: Mapping[str, str]) -> str:
     """A folder's name: a run of other code or settings is another run."""
-    return f"{cell.id}-{digest(json.dumps(identity(cell.config)))[:8]}"
+    return f"{cell.id}-{digest(json.dumps(known))[:8]}"
 
 
 _shared: Shared | None = None
@@ -219,22 +229,23 @@ def _learn(config: RunConfig) -> Outcome:
     return learn_cell(config, None, Listener(), lambda: False, _shared)
 
 
-def _keep(table: Table, cell: Cell, folder: Path, outcome: Outcome, at_once: int) -> None:
+def _keep(table: Table, cell: Cell, known: Mapping[str, str], folder: Path, outcome: Outcome, at_once: int) -> None:
     """In place of its run, which is not needed any more."""
-    done = Run(joined(str(folder), _place(cell)))
+    place = _place(cell, known)
+    done = Run(joined(str(folder), place))
     result = {key: done.result[key] for key in RESULT if key in done.result}
     result["records"] = [{key: record[key] for key in RECORD} for record in done.result["records"]]
     found = {
         "row": cell.row,
         "seed": cell.seed,
-        "identity": identity(cell.config),
+        "identity": known,
         "at_once": at_once,
         "kept": outcome["kept"],
         "result": _rounded(result),
     }
     table.folder.mkdir(parents=True, exist_ok=True)
     write_atomically(table.folder / f"{cell.id}.json", (json.dumps(found, separators=(",", ":")) + "\n").encode())
-    shutil.rmtree(folder / _place(cell))
+    shutil.rmtree(folder / place)
 
 
 def _rounded(data: Any) -> Any:
@@ -267,3 +278,8 @@ def kept(table: Table, any_code: bool = False, failed: Mapping[str, str] | None 
         "code": code(),
     }
     return comparison_data.found(about, entries)
+
+
+def results(found: Found) -> Results:
+    by_id = {run.name: run.result for group in (found.compared.groups if found.compared else []) for run in group.runs}
+    return {(cell["row"], cell["seed"]): by_id[cell["id"]] for cell in found.cells if cell["id"] in by_id}

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import statistics
 
-from benchmarks.cells import Table, read_cell
+from benchmarks.cells import Results, Table
 
 ALONE = "independent"
 
 
-def differences(table: Table, any_code: bool = False) -> dict[str, dict[int, float]]:
+def differences(table: Table, results: Results) -> dict[str, dict[int, float]]:
     """By row and seed, points of OP above `independent`, of the cells that are there."""
-    score = {
-        (cell.row, cell.seed): found["result"]["metrics"]["op"]
-        for cell in table.cells
-        if (found := read_cell(table, cell, any_code)) is not None
-    }
+    score = {place: result["metrics"]["op"] for place, result in results.items()}
     rows = [row for row in table.rows if row != ALONE]
     both = {row: [s for s in table.seeds if {(row, s), (ALONE, s)} <= score.keys()] for row in rows}
     return {row: {seed: score[row, seed] - score[ALONE, seed] for seed in seeds} for row, seeds in both.items()}
 
 
-def markdown(table: Table, any_code: bool = False) -> str:
-    told = {row: by_seed for row, by_seed in differences(table, any_code).items() if by_seed}
+def markdown(table: Table, results: Results) -> str:
+    told = {row: by_seed for row, by_seed in differences(table, results).items() if by_seed}
     if not told:
         return ""
     lines = []

@@ -1,7 +1,7 @@
 """Steps to an accuracy, task by task: a method's beside those of an adapter that starts anew and is trained alone.
 
-    told = reached(table, "treelora", 0.95)        of the cells that are there
-    print(markdown(table, ["treelora"]))           a section of the table's page
+    told = reached(table, results, "treelora", 0.95)        of the cells that are there
+    print(markdown(table, results, ["treelora"]))           a section of the table's page
 
 The accuracy is a share of what the row `independent` has on the task at its end, on training rows kept out of training.
 What a method does beyond `independent` before its first step (probe rounds) counts as steps.
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cells import Table, read_cell
+from benchmarks.cells import Results, Table
 from benchmarks.paired import ALONE
 from treelora_ray.tracking.compare import counted
 
@@ -38,16 +38,14 @@ class Reached:
         return 0.0 if self.own is None else self.alone / max(self.own + self.extra, 1)
 
 
-def reached(table: Table, row: str, share: float, any_code: bool = False) -> list[Reached]:
-    cells = {(cell.row, cell.seed): read_cell(table, cell, any_code) for cell in table.cells}
-    found = []
+def reached(table: Table, results: Results, row: str, share: float) -> list[Reached]:
+    found, batch = [], next(cell.config.train.batch for cell in table.cells if cell.row == row)
     for seed in table.seeds:
-        one, other = cells.get((ALONE, seed)), cells.get((row, seed))
+        one, other = results.get((ALONE, seed)), results.get((row, seed))
         if one is None or other is None:
             continue
-        batch = next(cell.config.train.batch for cell in table.cells if cell.row == row)
         met: set[str] = set()
-        for plain, own in zip(one["result"]["records"], other["result"]["records"], strict=True):
+        for plain, own in zip(one["records"], other["records"], strict=True):
             task, family = own["unit"], table.families.get(own["unit"], own["unit"])
             target = share * plain["effort"]["watched"][-1][1]
             alone, steps = first(plain["effort"], target), first(own["effort"], target)
@@ -66,12 +64,12 @@ def beside(effort: Mapping[str, Any], batch: int) -> int:
     return counted(effort, batch) - int(effort["steps"])
 
 
-def markdown(table: Table, rows: Sequence[str], any_code: bool = False) -> str:
+def markdown(table: Table, results: Results, rows: Sequence[str]) -> str:
     """Medians over tasks and seeds, and below them the first row's task by task."""
     lines, single = [], list[str]()
     for number, row in enumerate(rows):
         for share in SHARES:
-            told = reached(table, row, share, any_code)
+            told = reached(table, results, row, share)
             if not told:
                 continue
             related = [each.ratio for each in told if each.related and each.ratio is not None]

@@ -27,7 +27,6 @@ from benchmarks.encoder import encoder  # noqa: E402
 from benchmarks.planted import adjusted_rand, as_labels  # noqa: E402
 from treelora_ray.api import Run, run  # noqa: E402
 from treelora_ray.config import RunConfig, load  # noqa: E402
-from treelora_ray.core.tree import Tree  # noqa: E402
 from treelora_ray.methods.shared import Shared  # noqa: E402
 from treelora_ray.tracking.figures import write_figures  # noqa: E402
 
@@ -55,30 +54,23 @@ def settings(data: Path, tasks: list[str], rounds: int, seed: int, folder: Path,
     return load("text", [*SETTINGS, *own, *place, f"model.backbone={encoder()}", *more])
 
 
-def tree_of(done: Run) -> Tree:
-    number = {name: place for place, name in enumerate(done.tasks)}
-    return Tree.from_nodes(
-        (node["parent"], -1 if node["task"] is None else number[node["task"]], node["height"])
-        for node in done.result["tree"]
-    )
-
-
 def judged(done: Run, families: dict[str, str], rounds: int, seed: int) -> Row:
-    tree, asked = tree_of(done), [place for place, task in enumerate(done.tasks) if families[task] in FAMILIES]
+    tree = done.method.guide.tree  # type: ignore[attr-defined]
+    asked = [place for place, task in enumerate(done.tasks) if families[task] in FAMILIES]
     true = np.array([FAMILIES.index(families[done.tasks[place]]) for place in asked])
 
-    def score(groups: list[np.ndarray], labels: np.ndarray = true) -> float:
-        return adjusted_rand(np.asarray(as_labels(groups))[asked], labels)
+    def score(groups: list[np.ndarray]) -> float:
+        return adjusted_rand(as_labels(groups)[asked], true)
 
     heights = np.sort(tree.height[tree.task < 0])
     gap = int(np.argmax(np.diff(heights)))
-    found, draw = tree.families(), np.random.default_rng(seed)
-    own = score(found)
-    chance = [score(found, draw.permutation(true)) for _ in range(PERMUTATIONS)]
+    found, draw = as_labels(tree.families()), np.random.default_rng(seed)
+    own = adjusted_rand(found[asked], true)
+    chance = [adjusted_rand(found[asked], draw.permutation(true)) for _ in range(PERMUTATIONS)]
     return Row(
         rounds,
         seed,
-        dict(zip(done.tasks, np.asarray(as_labels(found)).tolist(), strict=True)),
+        dict(zip(done.tasks, found.tolist(), strict=True)),
         own,
         (1 + sum(value >= own - 1e-12 for value in chance)) / (1 + PERMUTATIONS),
         score(tree.cut(float(heights[gap] + heights[gap + 1]) / 2)),

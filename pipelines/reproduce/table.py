@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
 from benchmarks import paired, reach  # noqa: E402
-from benchmarks.cells import Table, kept, learn, read_table  # noqa: E402
+from benchmarks.cells import Table, kept, learn, read_table, results  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
 from treelora_ray.tracking.comparison_report import all_figures, sentence  # noqa: E402
@@ -28,32 +28,32 @@ TABLES = Path(__file__).resolve().parent / "tables"
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(table: Table, found: Found, results: Path, any_code: bool = False) -> Path:
+def write(table: Table, found: Found, pages: Path) -> Path:
     """The table's page with its figures."""
-    folder = results / "figures" / table.name
+    folder = pages / "figures" / table.name
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, drawn in figures.draw(all_figures(found)).items():
         figures.save(drawn, folder / f"{name}.png", "png")
         pictures.append(f"![{name}](figures/{table.name}/{name}.png)")
     data = " --data DIR" if any(cell.config.stream.path for cell in table.cells) else ""
-    results_of = [run.result for group in (found.compared.groups if found.compared else []) for run in group.runs]
-    commits = sorted({str(result["commit"])[:7] for result in results_of})
-    packages = results_of[0]["packages"] if results_of else {}
+    told = results(found)
+    commits = sorted({str(result["commit"])[:7] for result in told.values()})
+    packages: dict[str, str] = next((result["packages"] for result in told.values()), {})
     text = [
         f"# {table.title}",
         sentence(found),
         "\n".join(f"- {note}" for note in table.notes),
         f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
         comparison_table.markdown(found),
-        paired.markdown(table, any_code),
-        reach.markdown(table, [row for row in table.rows if row != paired.ALONE], any_code) if table.families else "",
+        paired.markdown(table, told),
+        reach.markdown(table, told, [row for row in table.rows if row != paired.ALONE]) if table.families else "",
         *pictures,
         f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
     ]
-    path = results / f"{table.name}.md"
+    path = pages / f"{table.name}.md"
     path.write_text("\n\n".join(part.strip() for part in text if part) + "\n")
-    (results / f"{table.name}.csv").write_text(comparison_table.as_csv(found))
+    (pages / f"{table.name}.csv").write_text(comparison_table.as_csv(found))
     return path
 
 
@@ -78,7 +78,7 @@ def main(given: list[str] | None = None) -> None:
     found = kept(whole, options.any_code, failed)
     if options.dry:
         print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
-    print(f"written: {write(whole, found, RESULTS, options.any_code)}")
+    print(f"written: {write(whole, found, RESULTS)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import cells, paired, reach
-from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table
+from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table, results
 from pipelines.reproduce import table as command
 from treelora_ray.config import with_values
 from treelora_ray.tracking.comparison_table import markdown
@@ -45,6 +45,15 @@ def test_a_table_that_needs_data_says_so() -> None:
     path = next(path for path in FILES if path.stem.startswith("text"))
     with pytest.raises(SystemExit, match="give their folder"):
         read_table(path, None)
+
+
+def test_a_table_like_another_has_from_it_what_it_does_not_say(table: Path) -> None:
+    more = {"like": "tiny", "title": "Three tasks", "settings": {"stream.tasks": 3}}
+    (table.parent / "other.yaml").write_text(yaml.safe_dump(more))
+    one, other = read_table(table, None), read_table(table.parent / "other.yaml", None)
+    assert (other.title, other.name, list(other.rows), other.seeds) == ("Three tasks", "other", list(one.rows), [0])
+    streams = [each.cells[0].config.stream for each in (one, other)]
+    assert [(stream.tasks, stream.rows) for stream in streams] == [(2, 40), (3, 40)]
 
 
 def test_rows_that_are_not_there_are_refused_by_name(table: Path) -> None:
@@ -111,8 +120,9 @@ def test_a_row_is_told_beside_independent_with_the_same_seed(table: Path) -> Non
     for cell in whole.cells:
         if (score := scores[cell.row][cell.seed]) is not None:
             filled(whole, cell, score)
-    assert paired.differences(whole) == {"weak": {0: 1.0, 1: 3.0}}
-    assert "| weak | +2.0 ± 1.4 | +1.0, +3.0 |" in paired.markdown(whole)
+    told = results(kept(whole))
+    assert paired.differences(whole, told) == {"weak": {0: 1.0, 1: 3.0}}
+    assert "| weak | +2.0 ± 1.4 | +1.0, +3.0 |" in paired.markdown(whole, told)
 
 
 @pytest.mark.slow
@@ -153,7 +163,7 @@ def test_the_command_learns_again_says_how_it_compares_and_writes_the_page(
     assert (tmp_path / "tiny.md").is_file()
 
 
-def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path) -> None:
     """Three tasks of two families; the second is a relative of the first, and the third is known at its start."""
     about = {**TINY, "families": {"a": "x", "b": "x", "c": "y"}}
     table.write_text(yaml.safe_dump(about))
@@ -164,18 +174,17 @@ def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path, m
         records = [
             {"unit": task, "effort": {"steps": seen[-1][0], "watched": seen, **more}} for task, seen in looks.items()
         ]
-        return {"result": {"records": records}}
+        return {"records": records}
 
     plain = {"a": [[0, 50], [10, 80], [20, 100]], "b": [[0, 0], [10, 94], [20, 100]], "c": [[0, 99], [20, 100]]}
     weak = {"a": [[0, 0], [10, 50], [20, 60]], "b": [[0, 90], [2, 96], [20, 97]], "c": [[0, 99], [20, 100]]}
-    cells_of = {"independent": cell(0, plain), "weak": cell(3, weak)}
-    monkeypatch.setattr(reach, "read_cell", lambda _, cell, __: cells_of[cell.row])
-    told = {each.task: each for each in reach.reached(found, "weak", 0.95)}
+    there = {("independent", 0): cell(0, plain), ("weak", 0): cell(3, weak)}
+    told = {each.task: each for each in reach.reached(found, there, "weak", 0.95)}
     assert [(each.alone, each.own, each.extra, each.related) for each in told.values()] == [
         (20, None, 3, False), (20, 2, 3, True), (0, 0, 3, False)
     ]  # fmt: skip
     assert [each.ratio for each in told.values()] == [0.0, 4.0, None]
-    page = reach.markdown(found, ["weak"])
+    page = reach.markdown(found, there, ["weak"])
     assert "| weak | 95% | 4.00 | 1 | – | 1 | 1 | 1 |" in page
     assert "| weak | 98% | 0.00 | 1 | – | 1 | 2 | 1 |" in page
-    assert not reach.markdown(found, [])
+    assert not reach.markdown(found, there, [])

@@ -59,9 +59,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         done.gradients += 1
         return gradient(self, *arguments)
 
-    def counted_sums(self: Learner, task: int, rows: Any, features: Any) -> Any:
+    def counted_sums(self: Learner, task: int, rows: Any, features: Any, *more: Any) -> Any:
         done.passes += features == self.frozen_features
-        return frozen(self, task, rows, features)
+        return frozen(self, task, rows, features, *more)
 
     monkeypatch.setattr(TreeLora, "_gradient_at_anchor", counted_gradient)
     monkeypatch.setattr(Learner, "_sums", counted_sums)

@@ -91,6 +91,41 @@ def test_step_cost_is_against_the_row_of_that_name_else_the_first_of_that_method
     assert f"over those of row {plain}, seed by seed" in column.words
 
 
+@pytest.mark.parametrize(
+    ("devices", "timed"),
+    [
+        ({"seqlora": ("cpu", "cpu"), "treelora": ("cuda", "cpu")}, "cpu"),
+        ({"seqlora": ("cpu", "cuda"), "treelora": ("cuda", "cuda")}, "cuda"),
+        ({"seqlora": ("cuda", "cuda"), "treelora": ("cpu", "cpu")}, None),
+        ({"seqlora": ("cuda", "cuda"), "treelora": ("cuda", "cuda")}, "cuda"),
+    ],
+)
+def test_times_are_of_a_device_that_every_row_has_met(devices: dict[str, tuple[str, str]], timed: str | None) -> None:
+    slow, entries = {"cpu": 10.0, "cuda": 1.0}, []
+    for label, by_seed in devices.items():
+        for seed, device in enumerate(by_seed):
+            entry = made.run(f"{label}-s{seed}", two(80, 10), seed, seconds={"train": slow[device] * (1 + seed)})
+            entries.append(replace(entry, result={**entry.result, "device": device}))
+    about = made.about(
+        {"seqlora": "seqlora", "treelora": "treelora"}, [made.cell(n, s) for n in devices for s in (0, 1)]
+    )
+    of = found(about, {entry.name: entry for entry in entries})
+    mixed = len({device for by_seed in devices.values() for device in by_seed}) > 1
+    for each in of.lines:
+        seeds = [seed for seed, device in enumerate(devices[each.label]) if device == timed]
+        seconds = [2 * slow[str(timed)] * (1 + seed) for seed in seeds]  # of two tasks
+        assert ("train_seconds" in each.values) == bool(seeds)
+        if seeds:
+            assert each.values["train_seconds"].mean == np.mean(seconds)
+    # A step is measured beside that of its own seed, on the same device.
+    both = [s for s in (0, 1) if timed and devices["seqlora"][s] == devices["treelora"][s] == timed]
+    assert ("step_cost" in line(of, "treelora").values) == bool(both)
+    said = [note for note in of.notes if note.startswith(("Times in the table", "The table has no times"))]
+    assert bool(said) == mixed
+    if mixed:
+        assert (f"learnt on {timed} alone" if timed else "no times") in said[0]
+
+
 def test_steps_to_an_accuracy_are_those_of_the_first_look_that_has_it() -> None:
     def looks(*scores: float) -> dict[str, Any]:
         return {"watched": [[10 * at, score] for at, score in enumerate(scores)], "steps": 30, "pass_rows": 64}

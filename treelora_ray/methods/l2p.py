@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +64,7 @@ class L2p(Prompted):
         learner = self.learner
         old = learner.head.of_tasks(range(min(learner.unit)))
         before = learner.head.take(old)
-        learner.restart_head(learner.refs(np.arange(learner.unit_rows)))
+        learner.restart_head(learner.class_sums)
         learner.head.put(old, before)  # of classes that earlier tasks have had too
         with torch.no_grad():
             learner.head_parameter.copy_(learner.head.take(learner.rows))

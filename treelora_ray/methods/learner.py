@@ -20,7 +20,7 @@ from torch import Tensor
 from treelora_ray.config import RunConfig
 from treelora_ray.core.guide import Guide
 from treelora_ray.core.layout import Layout
-from treelora_ray.data.batches import BatchPlan
+from treelora_ray.data.batches import BatchPlan, permuted
 from treelora_ray.data.images import naming
 from treelora_ray.data.rows import contents
 from treelora_ray.data.task import Task
@@ -36,6 +36,7 @@ from treelora_ray.objectives.causal_lm import CausalLM
 from treelora_ray.objectives.classification import Classification
 
 Ref = tuple[int, int]  # (task, row of its training data)
+SAMPLED, FEWEST = 96, 4  # rows of a task whose frozen features are kept while it is learnt: in all, and of each class
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Learner:
         self.router = Router(model.width, self.device, config.objective.router)
         self.means: dict[int, Tensor] = {}  # by task of the unit: class means [C, d] of frozen features
         self.counts: dict[int, Tensor] = {}  # likewise: rows of each class [C]
+        self.samples: dict[int, tuple[list[int], Tensor]] = {}  # likewise: some rows, and their frozen features [n, d]
         self.objective: Objective
         if isinstance(model, CausalModel):
             self.objective = CausalLM(model, config.objective.max_new_tokens, config.train.precision)
@@ -282,29 +284,54 @@ class Learner:
     def _statistics(self, task: int) -> ClassSums:
         """Of the frozen features of all training rows: the same with every method, adapter and tasks before."""
         data = self.tasks[task]
-        rows, labels = range(len(data.train)), list(data.labels)
+        rows, labels, sample = range(len(data.train)), list(data.labels), self._sample(data)
         content = contents(data.train, rows) if self.remembers else ""
         key = {"labels": labels, "batch": self.config.evaluate.batch, "rows": content}
+        start = time.perf_counter()
         if (look := self.recall("statistics", key)) is not None:
             sums = ClassSums(max(len(labels), 1), self.model.width, self.device)
             sums.flat.copy_(look.tensors["sums"])
+            features = look.tensors["sample"].to(self.device)
             own = len(rows[self.comm.rank :: self.comm.workers])
             self.effort.pass_rows += own
             self.effort.reuse("pass_rows", own, look.seconds)
-            return sums
-        start = time.perf_counter()
-        sums = self._sums(task, rows, self.frozen_features)
-        self.remember("statistics", key, Look({"sums": sums.flat}, time.perf_counter() - start))
+        else:
+            sums, features = self._sums(task, rows, self.frozen_features, sample)
+            look = Look({"sums": sums.flat, "sample": features}, time.perf_counter() - start)
+            self.remember("statistics", key, look)
+        self.samples = {other: kept for other, kept in self.samples.items() if other in self.unit}
+        self.samples[task] = sample, features
         return sums
 
-    def _sums(self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]) -> ClassSums:
-        """Of the features of a task's training rows, each seen once whatever the number of workers."""
+    def _sample(self, data: Task) -> list[int]:
+        """Some rows, as many of each class where there are as many; which ones depends on the labels alone."""
+        if not data.labels:
+            return []
+        count, most = len(data.train), max(FEWEST, SAMPLED // len(data.labels))
+        labels = data.train.take(range(count), ["label"])["label"]
+        found: dict[str, list[int]] = {label: [] for label in data.labels}
+        for row in permuted(np.arange(count), count, "sample").tolist():
+            if len(found[labels[row]]) < most:
+                found[labels[row]].append(row)
+        return sorted(row for rows in found.values() for row in rows)
+
+    def _sums(
+        self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor], sample: Sequence[int] = ()
+    ) -> tuple[ClassSums, Tensor]:
+        """Of the features of a task's training rows, each seen once whatever the number of workers; a sample's own."""
         sums = ClassSums(max(len(self.tasks[task].labels), 1), self.model.width, self.device)
+        kept = torch.zeros(len(sample), self.model.width, device=self.device)
+        place = {row: number for number, row in enumerate(sample)}
+        own = iter(rows[self.comm.rank :: self.comm.workers])
         with self.effort.timed("statistics"):
             for found, labels in self._seen(task, rows, features):
                 sums.add(found, labels)
+                for feature, row in zip(found, own, strict=False):
+                    if row in place:
+                        kept[place[row]] = feature
             self.comm.sum_(sums.flat)
-        return sums
+            self.comm.sum_(kept)
+        return sums, kept
 
     def _seen(
         self, task: int, rows: Sequence[int], features: Callable[[Any], Tensor]
@@ -322,9 +349,14 @@ class Learner:
             self.effort.pass_rows += count
             yield found, torch.tensor(labels, device=self.device)
 
-    def class_features(self, task: int, features: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [n, d] and numbers of labels [n] of all training rows of a task, in their order, on all workers."""
-        rows, comm = range(len(self.tasks[task].train)), self.comm
+    def class_features(
+        self, task: int, features: Callable[[Any], Tensor], rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features [n, d] and numbers of labels [n] of a task's training rows, in their order, on all workers.
+
+        Of these rows, or of all.
+        """
+        rows, comm = range(len(self.tasks[task].train)) if rows is None else rows, self.comm
         found = torch.zeros(len(rows), self.model.width, device=self.device)
         labels = torch.zeros(len(rows), dtype=torch.long, device=self.device)
         if seen := list(self._seen(task, rows, features)):
@@ -336,20 +368,39 @@ class Learner:
 
     def class_sums(self, task: int) -> ClassSums:
         """Counts, sums and products of a task's features, class by class, through the adapter as it is."""
-        return self._sums(task, range(len(self.tasks[task].train)), self.features)
+        return self._sums(task, range(len(self.tasks[task].train)), self.features)[0]
 
-    def restart_head(self, refs: Sequence[Ref]) -> None:
-        """The unit's rows of the head start at class means of features through the adapter as it is now.
+    def moved_sums(self, task: int) -> ClassSums:
+        """About what `class_sums` gives, from the sample alone.
 
-        A warm adapter has moved the features: means of frozen ones would belong to another model. The means are over
-        the given rows, or over all where these lack a class.
+        Means over the sample are off by how far its rows lie from their classes' true means. For frozen features that
+        is known; what the adapter leaves of it (a share, fitted over all rows) is taken off again. Around the means all
+        rows lie as those of the sample do.
+        """
+        rows, before = self.samples[task]
+        with self.effort.timed("statistics"):
+            after, labels = self.class_features(task, self.features, rows)
+        frozen, moved, found = (ClassSums(len(self.counts[task]), self.model.width, self.device) for _ in range(3))
+        frozen.add(before, labels)
+        moved.add(after, labels)
+        away, still = before - frozen.means[labels], after - moved.means[labels]
+        share = (away * still).sum() / away.square().sum().clamp(min=1e-12)
+        counts = self.counts[task].double()
+        means = moved.means + share * (self.means[task].double() - frozen.means)
+        free = len(rows) - int((moved.counts > 0).sum())
+        found.counts.copy_(counts)
+        found.sums.copy_(means * counts.unsqueeze(1))
+        found.products.copy_(moved.scatter() * (counts.sum() / max(free, 1)) + found.sums.T @ means)
+        return found
+
+    def restart_head(self, sums_of: Callable[[int], ClassSums]) -> None:
+        """The unit's rows of the head start again, from features through the adapter as it is now.
+
+        Where it is warm it has moved them: means of frozen ones would belong to another model.
         """
         for task in self.unit:
             if self.tasks[task].labels:
-                sums = self._sums(task, sorted({row for other, row in refs if other == task}), self.features)
-                if not bool((sums.counts > 0).all()):
-                    sums = self._sums(task, range(len(self.tasks[task].train)), self.features)
-                self.head.restart(task, sums)
+                self.head.restart(task, sums_of(task))
         if self.rows:
             with torch.no_grad():
                 self.head_parameter.copy_(self.head.take(self.rows))

@@ -23,7 +23,7 @@ from torch import Tensor
 from treelora_ray.core.errors import SnapshotError
 from treelora_ray.files import load_snapshot, save_snapshot
 
-VERSION = 1  # a change of what is computed makes old looks unknown
+VERSION = 2  # a change of what is computed makes old looks unknown
 PACKAGES = ("treelora-ray", "torch", "transformers", "tokenizers", "peft", "numpy", "pillow")
 Key = Mapping[str, Any]  # plain JSON
 

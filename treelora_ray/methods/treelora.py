@@ -158,22 +158,21 @@ class TreeLora(Method):
         self.choice, self.running, self.density = None, None, []
         self.arms = np.empty(0, np.int64)
         if options.mode == "treelora":
-            probed = self._probe()
+            self._probe()
         learner.adapter.copy_(previous if self.start == "previous" else learner.anchor)
         if self.choice is not None and self.start == "similar":
             self.bank.segments(self.choice.warm.tolist(), out=learner.adapter)
             if (self.choice.warm >= 0).any():
-                learner.restart_head(probed)
+                learner.restart_head(learner.moved_sums)
         self._ready()
 
-    def _probe(self) -> list[Ref]:
-        """Mean gradients at the anchor, on mini-batches of their own, which count as steps; the rows seen."""
+    def _probe(self) -> None:
+        """Mean gradients at the anchor, on mini-batches of their own, which count as steps."""
         learner, rounds = self.learner, self.options.probe_rounds
         plan = learner.plan("probe", self.options.probe_batch, epochs=rounds)
         head, total = learner.anchor_head(), torch.zeros(len(self.places), device=learner.device)
         learner.adapter.copy_(learner.anchor)
         drawn = [learner.refs(plan.at(step)) for step in range(rounds)]
-        seen = [ref for refs in drawn for ref in refs]
         with learner.effort.timed("probe"):
             for step, gradient in enumerate(self._gradients_at_anchor(drawn, head)):
                 total += gradient
@@ -185,7 +184,6 @@ class TreeLora(Method):
         if self.settings.observe == "query":
             self.running = Accumulator(self.guide.full_layout, "anchor")
             self.running.add(total / rounds)
-        return seen
 
     def _gradients_at_anchor(self, drawn: Sequence[list[Ref]], head: AnchorHead | None) -> Iterator[Tensor]:
         """[signature] of each mini-batch: as another run saw it where it would be the same here, computed elsewhere."""

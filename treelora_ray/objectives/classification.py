@@ -71,9 +71,9 @@ class Classification:
         assert head is not None
         with self.model.autocast(self.precision):
             features = self.model.features(batch.inputs)
-        logits = ANCHOR_SCALE * F.normalize(features.float(), dim=-1) @ F.normalize(head.means.float(), dim=-1).T
+        logits = ANCHOR_SCALE * F.normalize(features.float(), dim=-1) @ F.normalize(head.means, dim=-1).T
         assert batch.targets is not None
-        return F.cross_entropy(logits + head.log_shares.float(), batch.targets)
+        return F.cross_entropy(logits + head.log_shares, batch.targets)
 
     @torch.no_grad()
     def answer(self, rows: Columns, tasks: Sequence[int], classes: Sequence[int] | None) -> list[str]:  # noqa: ARG002

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def found(about: Mapping[str, Any], entries: Mapping[str, Entry]) -> Found:
     costs = _Costs(rows, kept, about)
     lines = [_line(label, about, rows.get(label, []), measures.get(label, {}), costs) for label in about["rows"]]
     columns = [column for column in _columns(costs, about) if any(column.key in line.values for line in lines)]
-    return Found(about, lines, columns, compared, list(_notes(about, compared)))
+    return Found(about, lines, columns, compared, list(_notes(about, compared, costs)))
 
 
 def _line(
@@ -148,10 +149,12 @@ class _Costs:
         self.plain_row, self.alone_row = _row_of(PLAIN, about), _row_of(ALONE, about)
         self.plain = {run.config.seed: run for run in rows.get(self.plain_row or "", ())}
         self.alone = {run.config.seed: run for run in rows.get(self.alone_row or "", ())}
+        self.devices = {_device(run) for runs in rows.values() for run in runs}
+        self.timed_on = _timed_on(list(rows.values()))
 
     def known(self) -> dict[str, Callable[[Entry], float | None]]:
         return {
-            "train_seconds": train_seconds,
+            "train_seconds": lambda run: train_seconds(run) if _device(run) == self.timed_on else None,
             "step_cost": self._step_cost,
             "memory": lambda run: self._kept(run, "memory"),
             "stored": lambda run: self._kept(run, "stored"),
@@ -166,7 +169,9 @@ class _Costs:
 
     def _step_cost(self, run: Entry) -> float | None:
         plain = self.plain.get(run.config.seed)
-        own, other = step_seconds(run), None if plain is None else step_seconds(plain)
+        if plain is None or not _device(run) == _device(plain) == self.timed_on:
+            return None
+        own, other = step_seconds(run), step_seconds(plain)
         return None if own is None or not other else own / other
 
     def _steps(self, run: Entry) -> list[tuple[float, bool]]:
@@ -192,6 +197,17 @@ class _Costs:
 
     def never(self, run: Entry) -> int:
         return sum(not reached for _, reached in self._steps(run))
+
+
+def _device(run: Entry) -> str:
+    return str(run.result.get("device"))
+
+
+def _timed_on(rows: Sequence[Sequence[Entry]]) -> str | None:
+    """The device on which each row has learnt a cell, of several the one with most: others' seconds do not compare."""
+    count = Counter(_device(run) for runs in rows for run in runs)
+    everywhere = [name for name in count if all(name in map(_device, runs) for runs in rows)]
+    return max(everywhere, key=lambda name: count[name], default=None)
 
 
 def _last_look(run: Entry, number: int) -> float | None:
@@ -244,7 +260,7 @@ def _columns(costs: _Costs, about: Mapping[str, Any]) -> Iterator[Column]:
         yield Column(column.key, column.title.format(**told), words, column.higher, column.form)
 
 
-def _notes(about: Mapping[str, Any], compared: Comparison | None) -> Iterator[str]:
+def _notes(about: Mapping[str, Any], compared: Comparison | None, costs: _Costs) -> Iterator[str]:
     cells = about["cells"]
     left = [cell["id"] for cell in cells if cell["state"] not in (FINISHED, FAILED)]
     if left:
@@ -256,6 +272,12 @@ def _notes(about: Mapping[str, Any], compared: Comparison | None) -> Iterator[st
         )
     if compared is not None:
         yield from compared.notes
+        if len(costs.devices) > 1:
+            yield (
+                f"Times in the table are of cells learnt on {costs.timed_on} alone."
+                if costs.timed_on
+                else "The table has no times: on no device was a cell of each row learnt."
+            )
 
 
 # -- figures

@@ -68,6 +68,7 @@ class Table:
     title: str
     rows: dict[str, Row]
     cells: list[Cell]
+    further: list[Cell]  # of more seeds, for some rows: to compare these seed by seed
     reach: float | None
     families: dict[str, str]  # by task, where steps to an accuracy are told for tasks with earlier relatives
     seeds: list[int]
@@ -79,8 +80,9 @@ class Table:
 
 
 def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: Iterable[str] = ()) -> Table:
-    """Of a file with title, preset, settings, rows, seeds and, where wanted, notes; if steps are counted, reach and
-    families. A file `like` another has what it does not say, settings one by one, from that.
+    """Of a file with title, preset, settings, rows, seeds and, where wanted, notes and `further` seeds for some rows;
+    if steps are counted, reach and families. A file `like` another has what it does not say, settings one by one, from
+    that.
 
     `data` takes the place of DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are
     named.
@@ -100,14 +102,19 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
     if unknown := set(only) - set(rows):
         raise SystemExit(f"{path.stem} has no rows {', '.join(sorted(unknown))}: it has {', '.join(rows)}")
     rows = {label: row for label, row in rows.items() if not set(only) or label in only}
-    asked = list(seeds) or list(about["seeds"])
-    cells = [
-        Cell(f"{row.slug}-s{seed}", label, with_values(base, {**row.values(base), "seed": seed}, f"row {label!r}"))
-        for seed in asked
-        for label, row in rows.items()
-    ]
-    return Table(path.stem, about["title"], rows, cells, about.get("reach"), about.get("families", {}), asked,
-                 about.get("notes", []))  # fmt: skip
+    asked, more = list(seeds) or list(about["seeds"]), {} if seeds else about.get("further", {})
+
+    def cells(numbers: Iterable[int], labels: Iterable[str]) -> list[Cell]:
+        return [
+            Cell(f"{row.slug}-s{seed}", label, with_values(base, {**row.values(base), "seed": seed}, f"row {label!r}"))
+            for seed in numbers
+            for label, row in rows.items()
+            if label in labels
+        ]
+
+    further = cells(more.get("seeds", ()), more.get("rows", ()))
+    return Table(path.stem, about["title"], rows, cells(asked, rows), further, about.get("reach"),
+                 about.get("families", {}), asked, about.get("notes", []))  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -177,8 +184,9 @@ def learn(
 ) -> dict[str, str]:
     """Why cells failed, by their ids. Runs lie below `work`, where cells that were broken off go on. `again`: learns
     what is there, too, and says how it compares."""
-    left = [cell for cell in table.cells if again or read_cell(table, cell, any_code) is None]
-    say(f"{table.name}: {len(left)} of {len(table.cells)} cells to learn")
+    every = [*table.cells, *table.further]
+    left = [cell for cell in every if again or read_cell(table, cell, any_code) is None]
+    say(f"{table.name}: {len(left)} of {len(every)} cells to learn")
     failed: dict[str, str] = {}
     folder = (work / table.name).absolute()
     known = {cell.id: identity(cell.config) for cell in left}  # before: sources may change while cells are learnt
@@ -283,3 +291,9 @@ def kept(table: Table, any_code: bool = False, failed: Mapping[str, str] | None 
 def results(found: Found) -> Results:
     by_id = {run.name: run.result for group in (found.compared.groups if found.compared else []) for run in group.runs}
     return {(cell["row"], cell["seed"]): by_id[cell["id"]] for cell in found.cells if cell["id"] in by_id}
+
+
+def further(table: Table, any_code: bool = False) -> Results:
+    """Of the cells of more seeds, those that are there."""
+    read = {(cell.row, cell.seed): read_cell(table, cell, any_code) for cell in table.further}
+    return {place: found["result"] for place, found in read.items() if found}

@@ -13,8 +13,9 @@ def differences(table: Table, results: Results) -> dict[str, dict[int, float]]:
     """By row and seed, points of OP above `independent`, of the cells that are there."""
     score = {place: result["metrics"]["op"] for place, result in results.items()}
     rows = [row for row in table.rows if row != ALONE]
-    both = {row: [s for s in table.seeds if {(row, s), (ALONE, s)} <= score.keys()] for row in rows}
-    return {row: {seed: score[row, seed] - score[ALONE, seed] for seed in seeds} for row, seeds in both.items()}
+    seeds = sorted({seed for _, seed in score})
+    both = {row: [s for s in seeds if {(row, s), (ALONE, s)} <= score.keys()] for row in rows}
+    return {row: {seed: score[row, seed] - score[ALONE, seed] for seed in own} for row, own in both.items()}
 
 
 def markdown(table: Table, results: Results) -> str:

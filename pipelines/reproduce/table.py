@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
 from benchmarks import paired, reach  # noqa: E402
-from benchmarks.cells import Table, kept, learn, read_table, results  # noqa: E402
+from benchmarks.cells import Results, Table, further, kept, learn, read_table, results  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
 from treelora_ray.tracking.comparison_report import all_figures, sentence  # noqa: E402
@@ -28,8 +28,8 @@ TABLES = Path(__file__).resolve().parent / "tables"
 RESULTS = ROOT / "docs" / "results"
 
 
-def write(table: Table, found: Found, pages: Path) -> Path:
-    """The table's page with its figures."""
+def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
+    """The table's page with its figures. `more`: cells of further seeds, which are compared seed by seed alone."""
     folder = pages / "figures" / table.name
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -46,7 +46,7 @@ def write(table: Table, found: Found, pages: Path) -> Path:
         "\n".join(f"- {note}" for note in table.notes),
         f"Regenerate with `python pipelines/reproduce/table.py {table.name}{data}`.",
         comparison_table.markdown(found),
-        paired.markdown(table, told),
+        paired.markdown(table, {**told, **more}),
         reach.markdown(table, told, [row for row in table.rows if row != paired.ALONE]) if table.families else "",
         *pictures,
         f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
@@ -75,10 +75,12 @@ def main(given: list[str] | None = None) -> None:
     if not options.dry:
         failed = learn(asked, options.work, options.jobs, any_code=options.any_code, again=options.again)
     whole = read_table(path, options.data)
-    found = kept(whole, options.any_code, failed)
+    found, more = kept(whole, options.any_code, failed), further(whole, options.any_code)
     if options.dry:
-        print("\n".join(f"missing: {cell['id']}" for cell in found.cells if cell["state"] == "waiting"))
-    print(f"written: {write(whole, found, RESULTS)}")
+        missing = [cell["id"] for cell in found.cells if cell["state"] == "waiting"]
+        missing += [cell.id for cell in whole.further if (cell.row, cell.seed) not in more]
+        print("\n".join(f"missing: {name}" for name in missing))
+    print(f"written: {write(whole, found, more, RESULTS)}")
 
 
 if __name__ == "__main__":

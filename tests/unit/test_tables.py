@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import cells, paired, reach
-from benchmarks.cells import ROOT, Cell, Table, identity, kept, learn, read_cell, read_table, results
+from benchmarks.cells import ROOT, Cell, Table, further, identity, kept, learn, read_cell, read_table, results
 from pipelines.reproduce import table as command
 from treelora_ray.config import with_values
 from treelora_ray.tracking.comparison_table import markdown
@@ -125,6 +125,25 @@ def test_a_row_is_told_beside_independent_with_the_same_seed(table: Path) -> Non
     assert "| weak | +2.0 ± 1.4 | +1.0, +3.0 |" in paired.markdown(whole, told)
 
 
+def test_further_seeds_are_compared_seed_by_seed_alone(table: Path, tmp_path: Path) -> None:
+    rows = {**TINY["rows"], "plain": {"method": "seqlora"}}
+    table.write_text(yaml.safe_dump({**TINY, "rows": rows, "further": {"seeds": [3], "rows": ["independent", "weak"]}}))
+    whole = read_table(table, None)
+    assert [cell.id for cell in whole.further] == ["independent-s3", "weak-s3"]
+    said = list[str]()
+    for cell, score in zip([*whole.cells, *whole.further], (50.0, 40.0, 51.0, 60.0, 64.0), strict=True):
+        filled(whole, cell, score)
+    learn(whole, tmp_path / "work", say=said.append)
+    assert said == ["tiny: 0 of 5 cells to learn"]
+    found = kept(whole)
+    assert "| weak | 1 | 51.0 |" in markdown(found)
+    told = paired.differences(whole, {**results(found), **further(whole)})
+    assert told == {"weak": {0: 1.0, 3: 4.0}, "plain": {0: -10.0}}
+    # Of seeds that are asked for there are no further ones.
+    assert read_table(table, None, seeds=[0]).further == []
+    assert [cell.id for cell in read_table(table, None, only=["weak", "plain"]).further] == ["weak-s3"]
+
+
 @pytest.mark.slow
 def test_what_is_missing_is_learnt_and_kept_small(table: Path, tmp_path: Path) -> None:
     whole = read_table(table, None)
@@ -136,7 +155,7 @@ def test_what_is_missing_is_learnt_and_kept_small(table: Path, tmp_path: Path) -
     assert [path.stem for path in files] == ["independent-s0", "weak-s0"]
     assert all(path.stat().st_size < 20_000 for path in files)
     assert str(tmp_path) not in "".join(path.read_text() for path in files)
-    page = command.write(whole, found, tmp_path)
+    page = command.write(whole, found, {}, tmp_path)
     assert "python pipelines/reproduce/table.py tiny" in page.read_text()
     for line in page.read_text().splitlines():
         if line.startswith("!["):

@@ -27,6 +27,7 @@ from benchmarks.encoder import encoder  # noqa: E402
 from benchmarks.planted import adjusted_rand, as_labels  # noqa: E402
 from treelora_ray.api import Run, run  # noqa: E402
 from treelora_ray.config import RunConfig, load  # noqa: E402
+from treelora_ray.core.tree import Tree  # noqa: E402
 from treelora_ray.methods.shared import Shared  # noqa: E402
 from treelora_ray.tracking.figures import write_figures  # noqa: E402
 
@@ -38,14 +39,19 @@ SETTINGS = ["stream.rows=400", "stream.test_rows=1", "train.steps=1", "train.bat
 
 
 @dataclass(frozen=True)
-class Row:
-    rounds: int
-    seed: int
+class Judged:
     groups: dict[str, int]  # by task, the number of its group
     score: float  # adjusted Rand index of the groups, over tasks of FAMILIES
     p: float  # how often a random assignment of the same families reaches it
     largest: float  # where the largest gap counts whatever stands below it
     best: float  # of all cuts
+
+
+@dataclass(frozen=True)
+class Row:
+    rounds: int
+    seed: int
+    found: Judged
 
 
 def settings(data: Path, tasks: list[str], rounds: int, seed: int, folder: Path, more: list[str]) -> RunConfig:
@@ -54,10 +60,10 @@ def settings(data: Path, tasks: list[str], rounds: int, seed: int, folder: Path,
     return load("text", [*SETTINGS, *own, *place, f"model.backbone={encoder()}", *more])
 
 
-def judged(done: Run, families: dict[str, str], rounds: int, seed: int) -> Row:
-    tree = done.method.guide.tree  # type: ignore[attr-defined]
-    asked = [place for place, task in enumerate(done.tasks) if families[task] in FAMILIES]
-    true = np.array([FAMILIES.index(families[done.tasks[place]]) for place in asked])
+def judged(tree: Tree, tasks: list[str], families: dict[str, str], seed: int) -> Judged:
+    """A tree over these tasks; the seed is that of the random assignments."""
+    asked = [place for place, task in enumerate(tasks) if families[task] in FAMILIES]
+    true = np.array([FAMILIES.index(families[tasks[place]]) for place in asked])
 
     def score(groups: list[np.ndarray]) -> float:
         return adjusted_rand(as_labels(groups)[asked], true)
@@ -67,10 +73,8 @@ def judged(done: Run, families: dict[str, str], rounds: int, seed: int) -> Row:
     found, draw = as_labels(tree.families()), np.random.default_rng(seed)
     own = adjusted_rand(found[asked], true)
     chance = [adjusted_rand(found[asked], draw.permutation(true)) for _ in range(PERMUTATIONS)]
-    return Row(
-        rounds,
-        seed,
-        dict(zip(done.tasks, found.tolist(), strict=True)),
+    return Judged(
+        dict(zip(tasks, found.tolist(), strict=True)),
         own,
         (1 + sum(value >= own - 1e-12 for value in chance)) / (1 + PERMUTATIONS),
         score(tree.cut(float(heights[gap] + heights[gap + 1]) / 2)),
@@ -96,14 +100,17 @@ def write_page(rows: list[Row], shown: Run, families: dict[str, str], seeds: lis
         for name in FIGURES:
             (pictures / f"{name}.png").write_bytes((Path(scratch) / f"{name}.png").read_bytes())
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    record = {"versions": versions, "settings": SETTINGS, "families": families, "rows": [asdict(row) for row in rows]}
+    told = [{"rounds": row.rounds, "seed": row.seed, **asdict(row.found)} for row in rows]
+    record = {"versions": versions, "settings": SETTINGS, "families": families, "rows": told}
     PAGE.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     table = "\n".join(
-        f"| {row.rounds} | {row.seed} | {row.score:.2f} | {row.p:.5f} | {row.largest:.2f} | {row.best:.2f} "
-        f"| {said(row.groups, families)} |"
+        f"| {row.rounds} | {row.seed} | {row.found.score:.2f} | {row.found.p:.5f} | {row.found.largest:.2f} "
+        f"| {row.found.best:.2f} | {said(row.found.groups, families)} |"
         for row in rows
     )
-    means = [f"{count} rounds {np.mean([row.score for row in rows if row.rounds == count]):.2f}" for count in rounds]
+    means = [
+        f"{count} rounds {np.mean([row.found.score for row in rows if row.rounds == count]):.2f}" for count in rounds
+    ]
     figures = "\n\n".join(f"![{words}](figures/{PAGE.stem}/{name}.png)" for name, words in FIGURES.items())
     asked = [" ".join(map(str, numbers)) for numbers in (seeds, rounds)]
     known = "; ".join(f"{family}: {', '.join(t for t in families if families[t] == family)}" for family in FAMILIES)
@@ -149,11 +156,12 @@ def main(given: list[str] | None = None) -> None:
         for seed in options.seeds:
             for rounds in sorted(options.rounds):
                 config = settings(data, list(families), rounds, seed, folder, options.changes)
-                row = judged(run(config, shared=shared), families, rounds, seed)
-                rows.append(row)
+                done = run(config, shared=shared)
+                found = judged(done.method.guide.tree, done.tasks, families, seed)  # type: ignore[attr-defined]
+                rows.append(Row(rounds, seed, found))
                 print(
-                    f"{rounds} rounds, seed {seed}: adjusted Rand index {row.score:.2f}, p {row.p:.5f}, plain gap "
-                    f"{row.largest:.2f}, best cut {row.best:.2f}; {said(row.groups, families)}",
+                    f"{rounds} rounds, seed {seed}: adjusted Rand index {found.score:.2f}, p {found.p:.5f}, plain gap "
+                    f"{found.largest:.2f}, best cut {found.best:.2f}; {said(found.groups, families)}",
                     flush=True,
                 )
         if options.doc:

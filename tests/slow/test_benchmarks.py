@@ -82,6 +82,16 @@ def test_the_sweep_benchmark_prints_its_table(tmp_path: Path) -> None:
     assert result["asha"]["learning"] <= 1.5 * result["whole"]["learning"]
 
 
+def test_a_small_device_is_enough_and_one_that_is_too_small_is_named() -> None:
+    printed = run("small_device.py", "--tiny", "--repeats", "1")
+    (peak,) = re.findall(r"\| images \| treelora \| (\d+) \|", printed)
+    assert 100 < int(peak) < 2048
+    command = [sys.executable, "benchmarks/small_device.py", "--tiny", "--repeats", "1", "--gib", "0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "seqlora failed within 0.1 GiB" in done.stderr
+
+
 def test_the_benchmark_of_steps_on_a_gpu_runs_on_tiny_models(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     tiny = ("--tiny", "--models", "0.5B", "vit", "--stored", "2", "--steps", "4", "--repeats", "2", "--out", str(out))

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import text_families
+from benchmarks import measures, text_families
 from benchmarks.encoder import encoder as installed
 from tests import tiny
 from treelora_ray import Run
 from treelora_ray.cli import main
+from treelora_ray.models.router import ClassSums, Router
 
 pytestmark = pytest.mark.slow
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -80,9 +82,9 @@ def test_two_tasks_of_photographs_on_a_tiny_vision_transformer(tmp_path: Path) -
     assert (np.diag(done.matrix) > 55).all()  # two classes, a random backbone of a few thousand weights
 
 
-def test_the_benchmark_of_text_families_judges_a_tree_and_writes_its_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """Four tasks of two families."""
     data, few = needs("text_stream_15"), tmp_path / "data"
     encoder()
     meta = {each["task"]: each for each in json.loads((data / "meta.json").read_text())}
@@ -90,6 +92,12 @@ def test_the_benchmark_of_text_families_judges_a_tree_and_writes_its_page(
     (few / "meta.json").write_text(json.dumps([meta[task] for task in ("agnews", "sst2", "dbpedia", "imdb")]))
     for task in ("agnews", "sst2", "dbpedia", "imdb"):
         (few / task).symlink_to(data / task)
+    return few
+
+
+def test_the_benchmark_of_text_families_judges_a_tree_and_writes_its_page(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(text_families, "PAGE", tmp_path / "page" / "text-families.md")
     given = [str(few), "stream.rows=64", "--seeds", "0", "--rounds", "4", "--folder", str(tmp_path / "runs"), "--doc"]
     text_families.main(given)
@@ -98,3 +106,32 @@ def test_the_benchmark_of_text_families_judges_a_tree_and_writes_its_page(
     assert "| 4 | 0 | 1.00 |" in page
     for name in text_families.FIGURES:
         assert (tmp_path / "page" / "figures" / "text-families" / f"{name}.png").is_file()
+
+
+def test_the_benchmark_of_measures_compares_them_on_the_same_runs(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measures, "PAGE", tmp_path / "measures.md")
+    measures.main([str(few), "stream.rows=64", "--seeds", "0", "--rounds", "4", "--doc"])
+    printed, page = capsys.readouterr().out, (tmp_path / "measures.md").read_text()
+    assert "seed 0, gradients, cosine: 1.00" in printed
+    for name in (*measures.GRADIENTS, *measures.FEATURES):
+        assert f"| {name} | " in page
+    assert page in printed
+
+
+def test_distances_of_features_are_symmetric_and_zero_of_a_task_from_itself() -> None:
+    router = Router(6, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    for task in range(3):
+        sums = ClassSums(2, 6)
+        sums.add(torch.randn(40, 6, generator=generator) + task, torch.arange(40) % 2)
+        router.add(task, sums)
+    for name, measure in measures.FEATURES.items():
+        found = measure(router, 3)
+        np.testing.assert_allclose(found, found.T, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(np.diag(found), 0, atol=1e-6, err_msg=name)
+        assert (found[np.triu_indices(3, 1)] > 1e-4).all(), name
+    tree = measures.grown(np.array([[0, 1, 5.0], [1, 0, 5], [5, 5, 0]]))
+    assert sorted(len(group) for group in tree.cut(2.0)) == [1, 2]
+    assert set(tree.siblings(0)) | {0} >= {0, 1}

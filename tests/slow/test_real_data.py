@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measures, text_families
+from benchmarks import measures, text_families, warm_heads
 from benchmarks.encoder import encoder as installed
 from tests import tiny
 from treelora_ray import Run
@@ -118,6 +118,25 @@ def test_the_benchmark_of_measures_compares_them_on_the_same_runs(
     for name in (*measures.GRADIENTS, *measures.FEATURES):
         assert f"| {name} | " in page
     assert page in printed
+
+
+def test_the_benchmark_of_warm_heads_prints_each_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = needs("text_stream_15")
+    encoder()
+    monkeypatch.setattr(warm_heads, "PAGE", tmp_path / "warm-heads.md")
+    monkeypatch.setattr(warm_heads, "PAIRS", [("agnews", "dbpedia")])
+    less = {"stream.tasks": ["agnews", "dbpedia"], "stream.rows": 200, "stream.test_rows": 80, "train.steps": 4}
+    learnt = warm_heads.scores
+    monkeypatch.setattr(warm_heads, "scores", lambda path, seed, changes: learnt(path, seed, {**changes, **less}))
+    warm_heads.main([str(data), "--seeds", "0", "--doc"])
+    page = (tmp_path / "warm-heads.md").read_text()
+    assert page in capsys.readouterr().out
+    (line,) = [line for line in page.splitlines() if line.startswith("| agnews → dbpedia |")]
+    fresh, _, few, every, sample = (float(text) for text in line.split("|")[2:7])
+    assert few < min(every, sample) - 5  # fourteen classes, six rows of each
+    assert min(fresh, every, sample) > 70
 
 
 def test_distances_of_features_are_symmetric_and_zero_of_a_task_from_itself() -> None:

@@ -12,6 +12,7 @@ missing, and writes what is there.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ RESULTS = ROOT / "docs" / "results"
 def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
     """The table's page with its figures. `more`: cells of further seeds, which are compared seed by seed alone."""
     folder = pages / "figures" / table.name
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # a page may have no use for a figure of before
+    folder.mkdir(parents=True)
     pictures = []
     for name, drawn in figures.draw(all_figures(found)).items():
         figures.save(drawn, folder / f"{name}.png", "png")
@@ -39,7 +41,11 @@ def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
     data = " --data DIR" if any(cell.config.stream.path for cell in table.cells) else ""
     told = results(found)
     commits = sorted({str(result["commit"])[:7] for result in told.values()})
-    packages: dict[str, str] = next((result["packages"] for result in told.values()), {})
+    packages: dict[str, set[str]] = {}
+    for result in told.values():
+        for package, version in result["packages"].items():
+            packages.setdefault(package, set()).add(version)
+    versions = ", ".join(f"{package} {' or '.join(sorted(each))}" for package, each in packages.items())
     text = [
         f"# {table.title}",
         sentence(found),
@@ -49,7 +55,7 @@ def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
         paired.markdown(table, {**told, **more}),
         reach.markdown(table, told, [row for row in table.rows if row != paired.ALONE]) if table.families else "",
         *pictures,
-        f"Learnt at {', '.join(commits)} with {', '.join(f'{name} {version}' for name, version in packages.items())}.",
+        f"Learnt at {', '.join(commits)} with {versions}.",
     ]
     path = pages / f"{table.name}.md"
     path.write_text("\n\n".join(part.strip() for part in text if part) + "\n")

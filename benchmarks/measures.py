@@ -9,8 +9,6 @@ gradient: the pass that prepares routing has all they take. DATA and runs in DIR
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,8 +21,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
-from benchmarks.encoder import encoder  # noqa: E402
-from benchmarks.text_families import FAMILIES, Judged, judged, settings  # noqa: E402
+from benchmarks.text_families import FAMILIES, Judged, arguments, families_of, judged, settings  # noqa: E402
 from treelora_ray.api import Run, run  # noqa: E402
 from treelora_ray.core.grow import linkage_tree  # noqa: E402
 from treelora_ray.core.tree import Tree  # noqa: E402
@@ -97,7 +94,7 @@ def judge(done: dict[str, Run], families: dict[str, str], seed: int) -> dict[str
     return found
 
 
-def write_page(rows: dict[str, list[Judged]], seeds: list[int], rounds: int) -> str:
+def page(rows: dict[str, list[Judged]], seeds: list[int], rounds: int) -> str:
     lines = "\n".join(
         f"| {name} | {np.mean([each.score for each in own]):.2f} | {', '.join(f'{each.score:.2f}' for each in own)} "
         f"| {max(each.p for each in own):.4f} | {np.mean([each.best for each in own]):.2f} |"
@@ -119,18 +116,11 @@ best cut is an upper bound.
 
 
 def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser = arguments(__doc__, PAGE)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--folder", type=Path, help="where runs are kept; a temporary folder where it is left out")
-    parser.add_argument("--doc", action="store_true", help="rewrite docs/results/measures.md")
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args(given)
-    if encoder() is None:
-        raise SystemExit("the pre-trained encoder is missing: pip install 'treelora-ray[bench]'")
     data = options.data.resolve()
-    families = {each["task"]: each["family"] for each in json.loads((data / "meta.json").read_text())}
+    families = families_of(data)
     rows: dict[str, list[Judged]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder, shared = options.folder or Path(scratch), Shared()
@@ -143,10 +133,10 @@ def main(given: list[str] | None = None) -> None:
             for name, found in judge(done, families, seed).items():
                 rows.setdefault(name, []).append(found)
                 print(f"seed {seed}, {name}: {found.score:.2f}, p {found.p:.5f}, best cut {found.best:.2f}", flush=True)
-    page = write_page(rows, options.seeds, options.rounds)
-    print(page)
+    text = page(rows, options.seeds, options.rounds)
+    print(text)
     if options.doc:
-        PAGE.write_text(page)
+        PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
-from benchmarks.encoder import encoder  # noqa: E402
+from benchmarks.encoder import needed_encoder  # noqa: E402
 from benchmarks.planted import adjusted_rand, as_labels  # noqa: E402
 from treelora_ray.api import Run, run  # noqa: E402
 from treelora_ray.config import RunConfig, load  # noqa: E402
@@ -57,7 +57,7 @@ class Row:
 def settings(data: Path, tasks: list[str], rounds: int, seed: int, folder: Path, more: list[str]) -> RunConfig:
     own = [f"stream.path={data}", f"stream.tasks={json.dumps(tasks)}", f"method.probe_rounds={rounds}", f"seed={seed}"]
     place = [f"folder={folder}", f"name=rounds-{rounds}-seed-{seed}", "tracking.to=none", "train.threads=1"]
-    return load("text", [*SETTINGS, *own, *place, f"model.backbone={encoder()}", *more])
+    return load("text", [*SETTINGS, *own, *place, f"model.backbone={needed_encoder()}", *more])
 
 
 def judged(tree: Tree, tasks: list[str], families: dict[str, str], seed: int) -> Judged:
@@ -138,19 +138,28 @@ Learnt with {", ".join(f"{name} {number}" for name, number in versions.items())}
 """)
 
 
-def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None, page: Path) -> argparse.ArgumentParser:
+    """What a benchmark over the families of the text tasks is asked."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[6, 12, 24])
     parser.add_argument("--folder", type=Path, help="where runs are kept; a temporary folder where it is left out")
-    parser.add_argument("--doc", action="store_true", help="rewrite docs/results/text-families.md and its figures")
+    parser.add_argument("--doc", action="store_true", help=f"rewrite {page.name} and its figures")
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    return parser
+
+
+def families_of(data: Path) -> dict[str, str]:
+    """By task, in their order."""
+    return {each["task"]: each["family"] for each in json.loads((data / "meta.json").read_text())}
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = arguments(__doc__, PAGE)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[6, 12, 24])
     options = parser.parse_args(given)
-    if encoder() is None:
-        raise SystemExit("the pre-trained encoder is missing: pip install 'treelora-ray[bench]'")
     data = options.data.resolve()
-    families = {each["task"]: each["family"] for each in json.loads((data / "meta.json").read_text())}
+    families = families_of(data)
     with tempfile.TemporaryDirectory() as scratch:
         folder, rows, shared = options.folder or Path(scratch), [], Shared()
         for seed in options.seeds:

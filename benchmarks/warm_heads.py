@@ -26,10 +26,11 @@ sys.path.insert(0, str(ROOT))  # to be run as a file, too
 from benchmarks.cells import read_table  # noqa: E402
 from treelora_ray.api import assemble  # noqa: E402
 from treelora_ray.config import with_values  # noqa: E402
-from treelora_ray.data.rows import Rows  # noqa: E402
 from treelora_ray.data.stream import open_stream  # noqa: E402
+from treelora_ray.methods.base import Method  # noqa: E402
 from treelora_ray.methods.learner import Learner  # noqa: E402
 from treelora_ray.models.router import ClassSums  # noqa: E402
+from treelora_ray.training.evaluate import Evaluator  # noqa: E402
 from treelora_ray.training.loop import begin_task, end_task, train_task  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "warm-heads.md"
@@ -42,19 +43,10 @@ COLUMNS = ("fresh", "fresh, after", "few rows", "all rows", "sample")
 Scores = dict[str, float]  # by column, percent
 
 
-def percent(learner: Learner, task: int) -> float:
-    """Of the task's held-out rows that the head in training answers as they are labelled, among the task's own."""
-    data, size = learner.tasks[task], 100
-    rows: Rows = data.test
-    with learner.answering_as_trained(), torch.no_grad():
-        index = learner.head.rows[task]
-        weight, bias = learner.head.weight[index], learner.head.bias[index]
-        right = 0
-        for at in range(0, len(rows), size):
-            taken = rows.take(range(at, min(at + size, len(rows))))
-            said = (learner.features(taken) @ weight.T + bias).argmax(1).tolist()
-            right += sum(data.labels[one] == label for one, label in zip(said, taken["label"], strict=True))
-    return 100 * right / len(rows)
+def percent(method: Method, task: int) -> float:
+    """Of the task's held-out rows that are answered rightly, by adapter and head as they are now, the task told."""
+    with method.learner.answering_as_trained():
+        return Evaluator(method, "oracle").score(task, method.learner.tasks[task])
 
 
 def few(learner: Learner) -> Callable[[int], ClassSums]:
@@ -79,20 +71,20 @@ def scores(data: Path, seed: int, changes: dict[str, Any]) -> dict[tuple[str, st
     found: dict[tuple[str, str], Scores] = {}
     for task, each in enumerate(stream.tasks):
         begin_task(method, (task,))
-        start, head = percent(learner, task), learner.head.take(learner.rows)
+        start, head = percent(method, task), learner.head.take(learner.rows)
         for one in [one for one, other in PAIRS if other == each.name and one in trained]:
             learner.adapter.data.copy_(trained[one])
             told = {"fresh": start}
             ways = {"few rows": few(learner), "all rows": learner.class_sums, "sample": learner.moved_sums}
             for name, sums_of in ways.items():
                 learner.restart_head(sums_of)
-                told[name] = percent(learner, task)
+                told[name] = percent(method, task)
             found[one, each.name] = told
         learner.head.put(learner.rows, head)
         begin_task(method, (task,))  # anew, as a task without relatives
         train_task(method, 0, lambda *_: None, lambda _: None)
         learner.model.train(False)
-        after = percent(learner, task)
+        after = percent(method, task)
         for (_, other), told in found.items():
             if other == each.name:
                 told["fresh, after"] = after

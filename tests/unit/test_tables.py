@@ -35,7 +35,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_table_can_be_read(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "encoder", lambda: tmp_path)
+    monkeypatch.setattr(cells, "needed_encoder", lambda: tmp_path)
     found = read_table(path, tmp_path)
     assert found.title
     assert len({cell.id for cell in found.cells}) == len(found.rows) * len(found.seeds)

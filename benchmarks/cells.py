@@ -73,6 +73,7 @@ class Table:
     families: dict[str, str]  # by task, where steps to an accuracy are told for tasks with earlier relatives
     seeds: list[int]
     notes: list[str]  # what the page says beside its numbers
+    growth: int  # in how many parts of the stream the cost of a task is told
 
     @property
     def folder(self) -> Path:
@@ -81,8 +82,8 @@ class Table:
 
 def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: Iterable[str] = ()) -> Table:
     """Of a file with title, preset, settings, rows, seeds and, where wanted, notes and `further` seeds for some rows;
-    if steps are counted, reach and families. A file `like` another has what it does not say, settings one by one, from
-    that.
+    if steps are counted, reach and families; growth, where the cost of a task is told part by part. A file `like`
+    another has what it does not say, settings one by one, from that.
 
     `data` takes the place of DATA in its settings, `seeds` that of its seeds; of its rows `only` these, where some are
     named.
@@ -112,7 +113,7 @@ def read_table(path: Path, data: Path | None, seeds: Iterable[int] = (), only: I
 
     further = cells(more.get("seeds", ()), more.get("rows", ()))
     return Table(path.stem, about["title"], rows, cells(asked, rows), further, about.get("reach"),
-                 about.get("families", {}), asked, about.get("notes", []))  # fmt: skip
+                 about.get("families", {}), asked, about.get("notes", []), about.get("growth", 0))  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     print(markdown(table, results, ["treelora"]))           a section of the table's page
 
 The accuracy is a share of what the row `independent` has on the task at its end, on training rows kept out of training.
-What a method does beyond `independent` before its first step (probe rounds) counts as steps.
+What a method does beyond `independent` before its first step (probe rounds) counts as steps, and its seconds as time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cells import Results, Table
+from benchmarks.growth import looking
 from benchmarks.paired import ALONE
 from treelora_ray.tracking.compare import counted
 
@@ -29,6 +30,7 @@ class Reached:
     alone: int  # steps of `independent`
     own: int | None  # steps of the method; None: never
     extra: int  # what it does beyond `independent` beside its steps, as steps
+    seconds: tuple[float, float] | None  # of `independent` and, at its steps, of the method; None: of other devices
 
     @property
     def ratio(self) -> float | None:
@@ -36,6 +38,13 @@ class Reached:
         if not self.alone:
             return None
         return 0.0 if self.own is None else self.alone / max(self.own + self.extra, 1)
+
+    @property
+    def ratio_of_seconds(self) -> float | None:
+        """None also where times do not compare."""
+        if not self.alone or self.seconds is None:
+            return None
+        return 0.0 if self.own is None else self.seconds[0] / self.seconds[1]
 
 
 def reached(table: Table, results: Results, row: str, share: float) -> list[Reached]:
@@ -45,19 +54,27 @@ def reached(table: Table, results: Results, row: str, share: float) -> list[Reac
         if one is None or other is None:
             continue
         met: set[str] = set()
+        timed = one.get("device") == other.get("device")
         for plain, own in zip(one["records"], other["records"], strict=True):
             task, family = own["unit"], table.families.get(own["unit"], own["unit"])
             target = share * plain["effort"]["watched"][-1][1]
             alone, steps = first(plain["effort"], target), first(own["effort"], target)
             assert alone is not None  # its last look reaches it
             extra = max(beside(own["effort"], batch) - beside(plain["effort"], batch), 0)
-            found.append(Reached(task, seed, family in met, alone, steps, extra))
+            looks = max(looking(own) - looking(plain), 0)
+            seconds = (alone * step(plain), (steps or 0) * step(own) + looks) if timed else None
+            found.append(Reached(task, seed, family in met, alone, steps, extra, seconds))
             met.add(family)
     return found
 
 
 def first(effort: Mapping[str, Any], target: float) -> int | None:
     return next((int(step) for step, score in effort["watched"] if score >= target - 1e-9), None)
+
+
+def step(record: Mapping[str, Any]) -> float:
+    """Seconds of a training step."""
+    return float(record["effort"]["seconds"]["train"] / record["effort"]["steps"])
 
 
 def beside(effort: Mapping[str, Any], batch: int) -> int:
@@ -74,10 +91,11 @@ def markdown(table: Table, results: Results, rows: Sequence[str]) -> str:
                 continue
             related = [each.ratio for each in told if each.related and each.ratio is not None]
             others = [each for each in told if not each.related and each.alone]
+            clock = [each.ratio_of_seconds for each in told if each.related and each.ratio_of_seconds is not None]
             more = [each.own + each.extra - each.alone for each in others if each.own is not None]
             lines.append(
-                f"| {row} | {share:.0%} | {_median(related)} | {len(related)} | {_median(more)} | {len(others)} "
-                f"| {sum(each.own is None for each in told)} | {sum(not each.alone for each in told)} |"
+                f"| {row} | {share:.0%} | {_median(related)} | {_median(clock)} | {len(related)} | {_median(more)} "
+                f"| {len(others)} | {sum(each.own is None for each in told)} | {sum(not each.alone for each in told)} |"
             )
             single += (
                 []
@@ -94,11 +112,12 @@ def markdown(table: Table, results: Results, rows: Sequence[str]) -> str:
         "## Steps to an accuracy",
         "",
         f"Of the accuracy that `{ALONE}` has on a task at its end. Its steps over those of the method, with what the "
-        "method does beyond it before the first step; a task that never gets there counts as 0.",
+        "method does beyond it before the first step; a task that never gets there counts as 0. The same in seconds: "
+        "of training steps, and of looking at a task.",
         "",
-        "| method | share | ratio, tasks with an earlier relative (median) | tasks | more steps, other tasks (median) "
-        "| tasks | never there | there at once |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| method | share | ratio, tasks with an earlier relative (median) | in seconds | tasks "
+        "| more steps, other tasks (median) | tasks | never there | there at once |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *lines,
         "",
         f"Task by task, `{rows[0]}`:",

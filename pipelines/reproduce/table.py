@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
-from benchmarks import paired, reach  # noqa: E402
+from benchmarks import growth, paired, reach  # noqa: E402
 from benchmarks.cells import Results, Table, further, kept, learn, read_table, results  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
@@ -54,6 +54,7 @@ def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
         comparison_table.markdown(found),
         paired.markdown(table, {**told, **more}),
         reach.markdown(table, told, [row for row in table.rows if row != paired.ALONE]) if table.families else "",
+        growth.markdown(table, told) if table.growth else "",
         *pictures,
         f"Learnt at {', '.join(commits)} with {versions}.",
     ]

@@ -188,8 +188,9 @@ def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path) -
     table.write_text(yaml.safe_dump(about))
     found = read_table(table, None)
 
-    def cell(probe: int, looks: dict[str, list[list[int]]]) -> dict[str, Any]:
-        more = {"probe_rounds": probe, "queries": 0, "pass_rows": 40}
+    def cell(probe: int, looks: dict[str, list[list[int]]], pace: float) -> dict[str, Any]:
+        spent = {"train": 20 * pace, "statistics": 1.0, "probe": 0.5 * probe}
+        more = {"probe_rounds": probe, "queries": 0, "pass_rows": 40, "seconds": spent, "reused": {}}
         records = [
             {"unit": task, "effort": {"steps": seen[-1][0], "watched": seen, **more}} for task, seen in looks.items()
         ]
@@ -197,13 +198,17 @@ def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path) -
 
     plain = {"a": [[0, 50], [10, 80], [20, 100]], "b": [[0, 0], [10, 94], [20, 100]], "c": [[0, 99], [20, 100]]}
     weak = {"a": [[0, 0], [10, 50], [20, 60]], "b": [[0, 90], [2, 96], [20, 97]], "c": [[0, 99], [20, 100]]}
-    there = {("independent", 0): cell(0, plain), ("weak", 0): cell(3, weak)}
+    there = {("independent", 0): cell(0, plain, 1.0), ("weak", 0): cell(3, weak, 1.25)}
     told = {each.task: each for each in reach.reached(found, there, "weak", 0.95)}
     assert [(each.alone, each.own, each.extra, each.related) for each in told.values()] == [
         (20, None, 3, False), (20, 2, 3, True), (0, 0, 3, False)
     ]  # fmt: skip
     assert [each.ratio for each in told.values()] == [0.0, 4.0, None]
+    assert told["b"].seconds == (20.0, 2 * 1.25 + 1.5), "steps of its own pace, and three rounds of half a second"
+    assert [each.ratio_of_seconds for each in told.values()] == [0.0, 5.0, None]
     page = reach.markdown(found, there, ["weak"])
-    assert "| weak | 95% | 4.00 | 1 | – | 1 | 1 | 1 |" in page
-    assert "| weak | 98% | 0.00 | 1 | – | 1 | 2 | 1 |" in page
+    assert "| weak | 95% | 4.00 | 5.00 | 1 | – | 1 | 1 | 1 |" in page
+    assert "| weak | 98% | 0.00 | 0.00 | 1 | – | 1 | 2 | 1 |" in page
+    there["weak", 0]["device"] = "cuda"
+    assert "| weak | 95% | 4.00 | – | 1 | – | 1 | 1 | 1 |" in reach.markdown(found, there, ["weak"])
     assert not reach.markdown(found, there, [])

@@ -279,6 +279,37 @@ def test_a_split_of_many_tasks_separates_each_of_them() -> None:
     assert heat(panels(laid_out(figures.draw({"tree": data}))["tree"])[1]).tolist() == [[0.8], [0.5], [0.5]]
 
 
+def compared(rows: int) -> Data:
+    """Rows of 50 + k percent at the end, the third of them the lowest."""
+    lines = [{"label": f"row {k}", "mean": [60.0, 50.0 + k - 30 * (k == 2)], "std": [1.0, 1.0]} for k in range(rows)]
+    return {"title": "Rows", "alt": "", "tasks": ["a", "b"], "lines": lines}
+
+
+def test_of_many_compared_rows_the_ends_are_named_and_few_have_a_colour() -> None:
+    (figure,) = laid_out(figures.draw({"compare": compared(17)})).values()
+    (axis,) = figure.axes
+    assert axis.get_legend() is None
+    names = [text.get_text() for text in axis.texts]
+    assert sorted(names, reverse=True) == names, "highest first"
+    assert names[0] == "66.0  row 16"
+    assert names[-1] == "22.0  row 2"
+    coloured = {line.get_label() for line in axis.lines if line.get_color() != figure_parts.GREY}
+    assert coloured == {"row 0", "row 2", *(f"row {k}" for k in range(12, 17))}
+    assert len(axis.lines) == 17
+    assert len(axis.collections) == 7, "only these have a band"
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without the lines that lead there
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in pairwise(boxes)), "no name lies on another"
+
+
+def test_of_few_compared_rows_each_has_a_colour_and_stands_in_the_legend() -> None:
+    (figure,) = laid_out(figures.draw({"compare": compared(8)})).values()
+    (axis,) = figure.axes
+    legend = axis.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [f"row {k}" for k in range(8)]
+    assert len({line.get_color() for line in axis.lines}) == len(axis.collections) == 8
+
+
 def test_layers_are_named_by_the_parts_that_differ() -> None:
     assert short_layers(["h.0.attn.q", "h.0.attn.v", "h.11.attn.q"]) == ["0.q", "0.v", "11.q"]
     assert short_layers(["low", "high"]) == ["low", "high"]

@@ -121,7 +121,9 @@ def _order_bar(figure: Figure, axis: Axes, n: int) -> None:
     parts.bar(figure, axis, image, f"order of learning (named: the {NAMED} lowest and highest at the end)")
 
 
-def _end_labels(axis: Axes, ends: Sequence[tuple[float, str, str]], right: float, height: float) -> None:
+def _end_labels(
+    axis: Axes, ends: Sequence[tuple[float, str, str]], right: float, height: float, form: str = "{:.0f}"
+) -> None:
     """Names at the right of lines, moved apart where they would lie on each other; a thin line leads to each."""
     low, high = axis.get_ylim()
     inches = (height - 1.1) / (high - low)
@@ -130,9 +132,9 @@ def _end_labels(axis: Axes, ends: Sequence[tuple[float, str, str]], right: float
     for (value, name, colour), place in zip(ends, places, strict=True):
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
         axis.annotate(
-            f"{value:.0f}  {parts.label(name)}", (right, value), (beside, low + place / inches), va="center", size=8.5,
-            color=parts.dark(colour), weight="bold" if colour == parts.BLACK else "normal", annotation_clip=False,
-            arrowprops=line,
+            f"{form.format(value)}  {parts.label(name)}", (right, value), (beside, low + place / inches), size=8.5,
+            color=parts.dark(colour), weight="bold" if colour == parts.BLACK else "normal", va="center",
+            annotation_clip=False, arrowprops=line,
         )  # fmt: skip
 
 
@@ -218,19 +220,34 @@ def _losses(data: Data) -> Figure:
 
 
 def _compare(data: Data) -> Figure:
-    n = len(data["tasks"])
-    figure = parts.figure(data, 7.5, max(3.6, 0.24 * len(data["lines"]) + 0.6))
+    """Each line in its colour; of many the first one, those that end highest and the lowest, and the others in grey."""
+    n, lines = len(data["tasks"]), data["lines"]
+    many = len(lines) > len(parts.CATEGORIES)
+    ranked = sorted(range(len(lines)), key=lambda number: -lines[number]["mean"][-1])
+    strong = list(dict.fromkeys([0, *ranked[: NAMED + 1], ranked[-1]])) if many else list(range(len(lines)))
+    colours = dict(zip(strong, parts.CATEGORIES, strict=False))
+    figure = parts.figure(data, 7.5, max(3.6, 0.24 * len(lines) + 0.6))
     axis = figure.subplots()
     after = np.arange(1, n + 1)
-    for number, (line, colour) in enumerate(zip(data["lines"], parts.colours(len(data["lines"])), strict=True)):
+    for number, line in enumerate(lines):
         mean, std = np.array(line["mean"]), np.array(line["std"])
-        mark: Data = {"marker": "osD^v<>"[number % 7], "ms": 4 if n <= 24 else 2}
-        axis.plot(after, mean, color=colour, lw=1.8, label=textwrap.fill(line["label"], 34), **mark)
-        axis.fill_between(after, mean - std, mean + std, color=colour, alpha=0.18, lw=0)
+        if number not in colours:
+            axis.plot(after, mean, color=parts.GREY, lw=0.7)
+            continue
+        mark: Data = {"marker": "osD^v<>"[number % 7], "ms": 4 if n <= 24 else 2, "zorder": 3}
+        axis.plot(after, mean, color=colours[number], lw=1.8, label=textwrap.fill(line["label"], 34), **mark)
+        axis.fill_between(after, mean - std, mean + std, color=colours[number], alpha=0.18, lw=0)
     axis.set(xlabel="tasks learnt", ylabel="mean score, percent (higher is better)")
     parts.whole_numbers(axis)
     axis.grid(axis="y", color=parts.PALE)
-    axis.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=0.7)
+    if many:
+        axis.set(xlim=(0.7, n + 0.2), ylim=axis.get_ylim())
+        ends = [
+            (lines[number]["mean"][-1], lines[number]["label"], colours.get(number, parts.GREY)) for number in ranked
+        ]
+        _end_labels(axis, ends, n + 0.2, figure.get_figheight(), "{:.1f}")
+    else:
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=0.7)
     return figure
 
 

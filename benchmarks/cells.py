@@ -35,6 +35,8 @@ from treelora_ray.data.rows import digest
 from treelora_ray.data.stream import fingerprints, open_stream
 from treelora_ray.files import write_atomically
 from treelora_ray.methods.shared import Shared
+from treelora_ray.models.digits_vit import digits_vit_folder
+from treelora_ray.models.loading import BUILTIN
 from treelora_ray.store import joined
 from treelora_ray.tracking import comparison_data
 from treelora_ray.tracking.compare import Entry
@@ -147,6 +149,8 @@ def _data(stream: str, seed: int) -> str:
 
 @cache
 def _backbone(name: str) -> str:
+    if name == BUILTIN:
+        return digest((digits_vit_folder() / "model.safetensors").read_bytes())
     folder = Path(name)
     if not folder.is_dir():
         return name

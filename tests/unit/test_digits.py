@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
 from treelora_ray.data.digits import APART, TRANSFORMS, digits_stream, recipes
@@ -84,6 +88,41 @@ def test_the_backbone_is_made_once_and_is_an_ordinary_folder() -> None:
     assert AutoModel.from_pretrained(folder, add_pooling_layer=False).config.hidden_size == 64
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["height"] == 16
     assert not list(folder.parent.glob(".digits-vit-*/"))
+
+
+def test_the_backbone_is_the_same_on_processors_that_round_differently(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else scores of the same run differed by points from machine to machine."""
+    code = (
+        "import sys; from safetensors.torch import save_file; from treelora_ray.models import digits_vit;"
+        "digits_vit.STEPS = 40; save_file(digits_vit._pretrain().state_dict(), sys.argv[1])"
+    )
+    other = tmp_path / "other.safetensors"
+    plain = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    with subprocess.Popen([sys.executable, "-c", code, str(other)], env={**os.environ, **plain}) as process:
+        monkeypatch.setattr(digits_vit, "STEPS", 40)
+        here = digits_vit._pretrain().state_dict()
+    assert process.returncode == 0
+    there = load_file(other)
+    assert all(torch.equal(there[name], weight) for name, weight in here.items())
+
+
+def test_settling_takes_away_what_processors_differ_by() -> None:
+    found = []
+    for off in (0.0, 1e-9, -1e-9):
+        weight = torch.nn.Parameter(torch.tensor([0.0, 0.3, -1.7], dtype=torch.float64) + off)
+        optimizer = torch.optim.AdamW([weight])
+        weight.grad = torch.tensor([1.0, -0.3, 1e-5], dtype=torch.float64) * (1 + off)
+        optimizer.step()
+        digits_vit._settle(optimizer)
+        kept = optimizer.state[weight]
+        found.append(torch.cat([weight.detach(), kept["exp_avg"], kept["exp_avg_sq"]]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    zero = torch.nn.Parameter(torch.tensor([-1e-9], dtype=torch.float64))
+    digits_vit._settle(torch.optim.AdamW([zero]))
+    assert not zero.signbit().item(), "files would differ by the sign of a zero"
 
 
 def test_any_worker_may_be_the_one_that_makes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

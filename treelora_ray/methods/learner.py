@@ -287,7 +287,6 @@ class Learner:
         rows, labels, sample = range(len(data.train)), list(data.labels), self._sample(data)
         content = contents(data.train, rows) if self.remembers else ""
         key = {"labels": labels, "batch": self.config.evaluate.batch, "rows": content}
-        start = time.perf_counter()
         if (look := self.recall("statistics", key)) is not None:
             sums = ClassSums(max(len(labels), 1), self.model.width, self.device)
             sums.flat.copy_(look.tensors["sums"])
@@ -296,6 +295,7 @@ class Learner:
             self.effort.pass_rows += own
             self.effort.reuse("pass_rows", own, look.seconds)
         else:
+            start = time.perf_counter()
             sums, features = self._sums(task, rows, self.frozen_features, sample)
             look = Look({"sums": sums.flat, "sample": features}, time.perf_counter() - start)
             self.remember("statistics", key, look)

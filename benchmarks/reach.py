@@ -30,7 +30,9 @@ class Reached:
     alone: int  # steps of `independent`
     own: int | None  # steps of the method; None: never
     extra: int  # what it does beyond `independent` beside its steps, as steps
-    seconds: tuple[float, float] | None  # of `independent` and, at its steps, of the method; None: of other devices
+    seconds: (
+        tuple[float, float] | None
+    )  # of `independent` and, at its steps, of the method, at least one step; None: of other devices
 
     @property
     def ratio(self) -> float | None:
@@ -62,7 +64,7 @@ def reached(table: Table, results: Results, row: str, share: float) -> list[Reac
             assert alone is not None  # its last look reaches it
             extra = max(beside(own["effort"], batch) - beside(plain["effort"], batch), 0)
             looks = max(looking(own) - looking(plain), 0)
-            seconds = (alone * step(plain), (steps or 0) * step(own) + looks) if timed else None
+            seconds = (alone * step(plain), max((steps or 0) * step(own) + looks, step(own))) if timed else None
             found.append(Reached(task, seed, family in met, alone, steps, extra, seconds))
             met.add(family)
     return found

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # to be run as a file, too
 
 from benchmarks import growth, paired, reach  # noqa: E402
 from benchmarks.cells import Results, Table, further, kept, learn, read_table, results  # noqa: E402
+from pipelines.reproduce import summary  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
 from treelora_ray.tracking.comparison_report import all_figures, sentence  # noqa: E402
@@ -88,6 +89,8 @@ def main(given: list[str] | None = None) -> None:
         missing += [cell.id for cell in whole.further if (cell.row, cell.seed) not in more]
         print("\n".join(f"missing: {name}" for name in missing))
     print(f"written: {write(whole, found, more, RESULTS)}")
+    if whole.name in summary.STREAMS:
+        summary.write(RESULTS)
 
 
 if __name__ == "__main__":

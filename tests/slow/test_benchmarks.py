@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import cells
 from benchmarks.guide import regret
+from treelora_ray.models.loading import BUILTIN
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -102,3 +104,9 @@ def test_the_benchmark_of_steps_on_a_gpu_runs_on_tiny_models(tmp_path: Path) -> 
         assert told.keys() == {"seqlora", "treelora", "o-lora"}
         assert all(second > 0 for each in told.values() for second in each["seconds"])
     assert printed.count("| treelora |") == 2
+
+
+def test_the_built_in_backbone_is_the_one_that_the_tables_were_learnt_with() -> None:
+    kept = [json.loads(path.read_text()) for path in sorted((cells.CELLS / "vision-24").glob("*.json"))]
+    assert kept
+    assert {cell["identity"]["backbone"] for cell in kept} == {cells._backbone(BUILTIN)}

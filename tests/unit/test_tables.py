@@ -206,6 +206,8 @@ def test_steps_to_an_accuracy_count_what_a_method_does_beforehand(table: Path) -
     assert [each.ratio for each in told.values()] == [0.0, 4.0, None]
     assert told["b"].seconds == (20.0, 2 * 1.25 + 1.5), "steps of its own pace, and three rounds of half a second"
     assert [each.ratio_of_seconds for each in told.values()] == [0.0, 5.0, None]
+    quick = {**there, ("weak", 0): cell(0, {**weak, "b": [[0, 99], [20, 100]]}, 1.25)}
+    assert [each.seconds for each in reach.reached(found, quick, "weak", 0.95)][1] == (20.0, 1.25), "never in no time"
     page = reach.markdown(found, there, ["weak"])
     assert "| weak | 95% | 4.00 | 5.00 | 1 | – | 1 | 1 | 1 |" in page
     assert "| weak | 98% | 0.00 | 0.00 | 1 | – | 1 | 2 | 1 |" in page

@@ -30,9 +30,7 @@ class Reached:
     alone: int  # steps of `independent`
     own: int | None  # steps of the method; None: never
     extra: int  # what it does beyond `independent` beside its steps, as steps
-    seconds: (
-        tuple[float, float] | None
-    )  # of `independent` and, at its steps, of the method, at least one step; None: of other devices
+    seconds: tuple[float, float] | None  # of `independent` and of the method; None: of other devices
 
     @property
     def ratio(self) -> float | None:

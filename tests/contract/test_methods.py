@@ -145,8 +145,9 @@ WITHOUT = {
 
 
 # Classes of all tasks are weighed, and the toy tasks lie far apart: rows of the head are large, and long steps would
-# make of rounding more than what is looked for.
-CALM: dict[str, dict[str, Any]] = {name: {"train": {"lr": 1e-3}} for name in ("l2p", "treelora-hide")}
+# make of rounding more than what is looked for; how much, depends on the processor. So do heads of `ncm`, which are
+# fit to features that training has moved.
+CALM: dict[str, dict[str, Any]] = {name: {"train": {"lr": 1e-3}} for name in ("l2p", "treelora-hide", "ncm-first")}
 
 
 class Recorder(StreamRun):
@@ -363,7 +364,8 @@ SPEAKS = [
     for name, options in VARIANTS.items()
     if "causal-lm" in METHODS[options["name"]].objectives and not {"decomposition", "head"} & set(options)
 ]
-LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}}
+# Shorter steps as well: of gradients near zero Adam makes steps as long as of others, and their signs are rounding.
+LANGUAGE = {"model": {"max_length": 32}, "objective": {"max_new_tokens": 3}, "train": {"lr": 1e-3}}
 
 
 @pytest.mark.parametrize("variant", cases(SPEAKS))

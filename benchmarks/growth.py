@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.cells import Results, Table
+from treelora_ray.tracking.comparison_data import learning_seconds
+from treelora_ray.tracking.comparison_table import NONE
 
 Record = Mapping[str, Any]
 
@@ -22,9 +24,8 @@ def spans(tasks: int, count: int) -> Iterator[tuple[int, int]]:
 
 
 def looking(record: Record) -> float:
-    """Seconds of looking at a task before it is learnt, by whichever run they were spent."""
-    seconds, reused = record["effort"]["seconds"], record["effort"]["reused"]
-    return float(seconds.get("probe", 0) + seconds.get("statistics", 0) + reused.get("seconds", 0))
+    """Seconds that are spent on learning a task beside its training steps, by whichever run."""
+    return learning_seconds(record["effort"]) - float(record["effort"]["seconds"]["train"])
 
 
 def searching(record: Record) -> float | None:
@@ -38,7 +39,7 @@ def searching(record: Record) -> float | None:
 def median(values: list[float | None], form: str) -> str:
     """Not the mean: a machine that pauses once says nothing of a task."""
     told = [value for value in values if value is not None]
-    return form.format(statistics.median(told)) if told else "–"
+    return form.format(statistics.median(told)) if told else NONE
 
 
 def markdown(table: Table, results: Results) -> str:

@@ -28,6 +28,9 @@ def test_a_stream_is_told_in_parts_without_gaps() -> None:
 
 def test_looks_count_whoever_spent_them_and_a_search_counts_where_it_stands_alone() -> None:
     assert growth.looking(record(0, 1, 0.25, shared=True)) == 0.25 + 0.125 + 0.5
+    queried = record(0, 1, 0.25, shared=True)
+    queried["effort"]["seconds"] |= {"query": 2.0, "watch": 4.0, "evaluate": 8.0}
+    assert growth.looking(queried) == 0.25 + 0.125 + 0.5 + 2.0, "scoring is no part of learning"
     assert growth.searching(record(0, 1, 0.25, shared=True)) == 0.25
     assert growth.searching(record(0, 1, 0.25, shared=False)) is None, "gradients are in it"
 

@@ -224,10 +224,13 @@ def _row_of(method: str, about: Mapping[str, Any]) -> str | None:
 
 
 def train_seconds(run: Entry) -> float:
+    return sum(learning_seconds(record["effort"]) for record in run.result["records"])
+
+
+def learning_seconds(effort: Mapping[str, Any]) -> float:
     """Of all phases that are part of learning; what another cell had looked at before counts here too."""
-    efforts = [record["effort"] for record in run.result["records"]]
-    spent = sum(s for effort in efforts for phase, s in effort["seconds"].items() if phase not in NOT_TRAINING)
-    return float(spent + sum(effort.get("reused", {}).get("seconds", 0.0) for effort in efforts))
+    spent = sum(seconds for phase, seconds in effort["seconds"].items() if phase not in NOT_TRAINING)
+    return float(spent + effort.get("reused", {}).get("seconds", 0.0))
 
 
 def step_seconds(run: Entry) -> float | None:

@@ -127,7 +127,7 @@ def test_the_benchmark_of_warm_heads_prints_each_pair(
     encoder()
     monkeypatch.setattr(warm_heads, "PAGE", tmp_path / "warm-heads.md")
     monkeypatch.setattr(warm_heads, "PAIRS", [("agnews", "dbpedia")])
-    less = {"stream.tasks": ["agnews", "dbpedia"], "stream.rows": 200, "stream.test_rows": 100, "train.steps": 20}
+    less = {"stream.tasks": ["agnews", "dbpedia"], "stream.rows": 400, "stream.test_rows": 100, "train.steps": 20}
     learnt = warm_heads.scores
     monkeypatch.setattr(warm_heads, "scores", lambda path, seed, changes: learnt(path, seed, {**changes, **less}))
     warm_heads.main([str(data), "--seeds", "0", "--doc"])
@@ -135,7 +135,7 @@ def test_the_benchmark_of_warm_heads_prints_each_pair(
     assert page in capsys.readouterr().out
     (line,) = [line for line in page.splitlines() if line.startswith("| agnews → dbpedia |")]
     fresh, _, few, every, sample = (float(text) for text in line.split("|")[2:7])
-    assert few < min(every, sample) - 3  # fourteen classes, six rows of each
+    assert few < min(every, sample) - 5  # fourteen classes, six rows of each
     assert min(fresh, every, sample) > 70
 
 

@@ -55,7 +55,7 @@ def markdown(table: Table, results: Results) -> str:
                 f" | {median([looking(record) for record in records], '{:.2f}')}"
                 f" | {median([searching(record) for record in records], '{:.3f}')}"
                 f" | {median([record['effort']['seconds']['train'] for record in records], '{:.2f}')}"
-                f" | {median([record['effort']['seconds']['checkpoint'] for record in records], '{:.3f}')} |"
+                f" | {median([record['effort']['seconds'].get('checkpoint') for record in records], '{:.3f}')} |"
             )
     if not lines:
         return ""

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 
-from treelora_ray.cluster.compare_cell import Outcome, learn_cell
-from treelora_ray.cluster.compare_plan import Cell, CompareOptions, Comparison, comparison_name, with_looks
+from treelora_ray.cluster.compare_cell import learn_cell, take
+from treelora_ray.cluster.compare_plan import CompareOptions, Comparison, comparison_name, with_looks
 from treelora_ray.cluster.inner_runs import LOOKS, conclude, deliver, kind_of_stream, opened, report
 from treelora_ray.config import RunConfig, with_values
 from treelora_ray.data.task import Kind
@@ -78,23 +78,6 @@ def _here(found: Comparison, listener: Listener, stop: Callable[[], bool]) -> No
         listener.note(f"{cell.id} begins")
         known = found.data.get(str(cell.seed))
         take(found, cell, learn_cell(found.config(cell), known, listener, stop, shared), listener)
-
-
-def take(found: Comparison, cell: Cell, outcome: Outcome, listener: Listener) -> None:
-    """Writes down what came of a cell, and says it."""
-    if "data" in outcome:
-        found.pin(cell, outcome["data"])
-    if outcome["state"] == "finished":
-        found.finished(cell, outcome["kept"])
-        over = len(found.cells) - len(found.left)
-        took = f"{outcome['op']:.1f}%, {outcome['seconds']:.0f} s"
-        listener.note(f"{cell.id} is learnt: {took}; {over} of {len(found.cells)} cells have ended")
-    elif outcome["state"] == "stopped":
-        found.waits(cell)
-    else:
-        found.failed(cell, outcome["error"], outcome["final"])
-        what = "has failed" if cell.over else "failed, and is tried again"
-        listener.note(f"{cell.id} {what}: {outcome['error']}")
 
 
 def _write(found: Comparison) -> None:

@@ -1,4 +1,4 @@
-"""One cell of a comparison: its run, and what came of it in words and numbers. Knows nothing of Ray."""
+"""One cell of a comparison: its run, what came of it in words and numbers, and where that is written. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from treelora_ray.api import Run
-from treelora_ray.cluster.compare_plan import changed_data
+from treelora_ray.cluster.compare_plan import Cell, Comparison, changed_data
 from treelora_ray.cluster.errors import first_line
 from treelora_ray.cluster.inner_runs import learn, of_its_own_making
 from treelora_ray.config import RunConfig, run_name
@@ -72,6 +72,23 @@ def learn_cell(
     except Exception as error:
         text = f"{type(error).__name__}: {first_line(error)}"
         return {"state": "failed", "error": text, "final": of_its_own_making(error)}
+
+
+def take(found: Comparison, cell: Cell, outcome: Outcome, listener: Listener) -> None:
+    """Writes down what came of a cell, and says it."""
+    if "data" in outcome:
+        found.pin(cell, outcome["data"])
+    if outcome["state"] == "finished":
+        found.finished(cell, outcome["kept"])
+        over = len(found.cells) - len(found.left)
+        took = f"{outcome['op']:.1f}%, {outcome['seconds']:.0f} s"
+        listener.note(f"{cell.id} is learnt: {took}; {over} of {len(found.cells)} cells have ended")
+    elif outcome["state"] == "stopped":
+        found.waits(cell)
+    else:
+        found.failed(cell, outcome["error"], outcome["final"])
+        what = "has failed" if cell.over else "failed, and is tried again"
+        listener.note(f"{cell.id} {what}: {outcome['error']}")
 
 
 def digests(prints: list[dict[str, Any]]) -> dict[str, str]:

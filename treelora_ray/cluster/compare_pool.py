@@ -15,8 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from treelora_ray.cluster.compare import take
-from treelora_ray.cluster.compare_cell import Outcome, Progress, learn_cell
+from treelora_ray.cluster.compare_cell import Outcome, Progress, learn_cell, take
 from treelora_ray.cluster.compare_plan import Cell, Comparison
 from treelora_ray.cluster.errors import ClusterLostError, first_line
 from treelora_ray.cluster.inner_runs import LOOKS

@@ -63,7 +63,7 @@ format: $(STAMP)  ## Format and fix what can be fixed
 bench: $(STAMP)  ## Run the benchmarks
 	$(BIN)/python benchmarks/guide.py
 	$(BIN)/python benchmarks/families.py
-	$(BIN)/python benchmarks/stream.py
+	$(BIN)/python benchmarks/step_cost.py
 
 clean:  ## Remove caches and build files; keep .venv and the results of runs and benchmarks
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.* htmlcov

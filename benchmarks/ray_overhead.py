@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.stream import sentences
+from benchmarks.step_cost import sentences
 from treelora_ray.cluster import run as cluster_run
 from treelora_ray.config import RunConfig, load
 from treelora_ray.store import open_folder

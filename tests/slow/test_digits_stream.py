@@ -1,16 +1,20 @@
-"""The built-in stream is neither too easy for frozen features nor learnt in a few steps."""
+"""The built-in stream is neither too easy for frozen features nor learnt in a few steps, and its families are seen."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from treelora_ray.api import assemble
+from benchmarks.planted import adjusted_rand, as_labels
+from treelora_ray.api import assemble, run
 from treelora_ray.config import load
 from treelora_ray.data.digits import digits_stream
 from treelora_ray.data.rows import column
 from treelora_ray.methods.base import Method
+from treelora_ray.methods.treelora import TreeLora
 from treelora_ray.training import loop
 from treelora_ray.training.evaluate import Evaluator
 
@@ -60,3 +64,13 @@ def test_a_fresh_adapter_needs_more_than_40_steps(number: int) -> None:
         return accuracy(method, 0)
 
     assert learn(PATIENCE) < 0.95 * learn(-1)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_tree_has_the_families_that_were_built_in(seed: int, tmp_path: Path) -> None:
+    settings = ["train.steps=30", "stream.test_rows=20", f"seed={seed}", f"folder={tmp_path}", "tracking.to=none"]
+    done = run(load("quickstart", settings))
+    assert isinstance(done.method, TreeLora)
+    groups, families = as_labels(done.method.guide.tree.families()), np.array(done.result["families"])
+    kept = families != "permuted"  # these two look alike and ask for different things
+    assert adjusted_rand(groups[kept], families[kept]) == 1

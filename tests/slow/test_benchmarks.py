@@ -64,7 +64,7 @@ def test_the_sharing_benchmark_prints_a_ratio_and_a_second_run_that_shares_start
 
 def test_a_step_with_the_pull_costs_what_a_plain_one_does(tmp_path: Path) -> None:
     out = tmp_path / "cost.json"
-    assert "| the built-in stream |" in run("step_cost.py", "--repeats", "5", "--out", str(out))
+    assert "| the built-in stream |" in run("step_cost.py", "--repeats", "3", "--out", str(out))
     found: dict[str, list[float]] = json.loads(out.read_text())
     assert found
     for ratios in found.values():

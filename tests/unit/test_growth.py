@@ -53,7 +53,8 @@ def test_each_part_has_the_scores_at_its_end_and_the_seconds_of_its_tasks() -> N
 def test_a_task_that_was_broken_off_before_its_checkpoint_has_no_seconds_of_one() -> None:
     broken, whole = record(0, 2, 0.01, shared=True), record(1, 2, 0.01, shared=True)
     del broken["effort"]["seconds"]["checkpoint"]
-    first, second = growth.markdown(table(treelora=""), {("treelora", 0): {"records": [broken, whole]}}).splitlines()[-2:]
+    text = growth.markdown(table(treelora=""), {("treelora", 0): {"records": [broken, whole]}})
+    first, second = text.splitlines()[-2:]
     assert first.endswith(" | 1.00 | – |")
     assert second.endswith(" | 2.00 | 0.010 |")
 

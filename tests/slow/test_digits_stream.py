@@ -14,6 +14,7 @@ from treelora_ray.config import load
 from treelora_ray.data.digits import digits_stream
 from treelora_ray.data.rows import column
 from treelora_ray.methods.base import Method
+from treelora_ray.methods.shared import Shared
 from treelora_ray.training import loop
 from treelora_ray.training.evaluate import Evaluator
 
@@ -73,3 +74,19 @@ def test_the_tree_has_the_families_that_were_built_in(seed: int, tmp_path: Path)
     groups, families = as_labels(tree.families()), np.array(done.result["families"])
     kept = families != "permuted"  # these two look alike and ask for different things
     assert adjusted_rand(groups[kept], families[kept]) == 1
+
+
+def test_what_shares_with_relatives_ends_above_what_shares_nothing_and_that_above_one_adapter_for_all(
+    tmp_path: Path,
+) -> None:
+    own = ["train.steps=40", "stream.test_rows=100", "seed=1", f"folder={tmp_path}", "tracking.to=none"]
+    routed = ["objective.ce_scope=current", "objective.routing=inferred"]
+    rows = {
+        "treelora": load("quickstart", [*own, "name=treelora"]),
+        "independent": load("seqlora", [*own, *routed, "name=independent", "method.name=independent"]),
+        "seqlora routed": load("seqlora", [*own, *routed, "name=routed"]),
+        "seqlora": load("seqlora", [*own, "name=seqlora"]),
+    }
+    shared = Shared()
+    scores = {name: run(config, shared=shared).metrics["op"] for name, config in rows.items()}
+    assert sorted(scores, key=lambda name: -scores[name]) == list(rows), scores

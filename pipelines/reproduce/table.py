@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))  # to be run as a file, too
 from benchmarks import growth, paired, reach  # noqa: E402
 from benchmarks.cells import Results, Table, further, kept, learn, read_table, results  # noqa: E402
 from pipelines.reproduce import summary  # noqa: E402
+from pipelines.reproduce.summary import RESULTS  # noqa: E402
 from treelora_ray.tracking import comparison_table, figures  # noqa: E402
 from treelora_ray.tracking.comparison_data import Found  # noqa: E402
 from treelora_ray.tracking.comparison_report import all_figures, sentence  # noqa: E402
 
 TABLES = Path(__file__).resolve().parent / "tables"
-RESULTS = ROOT / "docs" / "results"
 
 
 def write(table: Table, found: Found, more: Results, pages: Path) -> Path:
